@@ -1,0 +1,114 @@
+// The error taxonomy of the pools. Every message carries the values and what would be right.
+// One exception class a kind of fault; the bindings turn each into the Python class of the same name.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "base/status.h"
+#include "base/units.h"
+
+namespace elastikv {
+
+class VmmError : public std::runtime_error {
+   public:
+    using std::runtime_error::runtime_error;
+};
+
+// A driver call failed for a reason that no other class names.
+class CudaError : public VmmError {
+   public:
+    CudaError(Status status, const std::string& doing);
+    Status status;
+};
+
+class MappingFailed : public VmmError {
+   public:
+    MappingFailed(Status status, ByteRange range);
+    explicit MappingFailed(const std::string& message) : VmmError(message) {}
+};
+
+class UnmappingFailed : public VmmError {
+   public:
+    UnmappingFailed(Status status, ByteRange range);
+};
+
+class OutOfVirtualMemory : public VmmError {
+   public:
+    OutOfVirtualMemory(Bytes requested, const std::string& why);
+    Bytes requested;
+};
+
+class OutOfPhysicalMemory : public VmmError {
+   public:
+    // `who` says who holds what, and may be empty.
+    OutOfPhysicalMemory(Bytes requested, Bytes available, const std::string& who);
+    Bytes requested;
+    Bytes available;
+};
+
+class InvalidOffset : public VmmError {
+   public:
+    InvalidOffset(Bytes offset, Bytes size, Bytes capacity);
+    Bytes offset;
+    Bytes size;
+    Bytes capacity;
+};
+
+class InvalidSize : public VmmError {
+   public:
+    using VmmError::VmmError;
+};
+
+class InvalidAlignment : public VmmError {
+   public:
+    using VmmError::VmmError;
+};
+
+class InvalidPageSize : public VmmError {
+   public:
+    InvalidPageSize(Bytes page_size, Bytes granularity);
+};
+
+class InvalidArgument : public VmmError {
+   public:
+    using VmmError::VmmError;
+};
+
+class AlreadyMapped : public VmmError {
+   public:
+    AlreadyMapped(ByteRange wanted, ByteRange held);
+};
+
+class NotMapped : public VmmError {
+   public:
+    NotMapped(ByteRange wanted, Bytes first_hole);
+};
+
+class ModelNotFound : public VmmError {
+   public:
+    ModelNotFound(const std::string& id, const std::string& hint);
+};
+
+class ModelAlreadyExists : public VmmError {
+   public:
+    explicit ModelAlreadyExists(const std::string& id);
+};
+
+// No driver, no such device, or a device that lacks what the pool needs.
+class DeviceUnavailable : public VmmError {
+   public:
+    using VmmError::VmmError;
+};
+
+// Used after close(), or in a process forked from the one that made the pool.
+class PoolClosed : public VmmError {
+   public:
+    using VmmError::VmmError;
+};
+
+// "1.5 GiB (1610612736 bytes)"
+std::string format_bytes(Bytes bytes);
+std::string describe(Status status);
+
+}  // namespace elastikv
