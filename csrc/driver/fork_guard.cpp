@@ -1,0 +1,20 @@
+#include "driver/fork_guard.h"
+
+#include <pthread.h>
+
+#include <atomic>
+
+namespace elastikv {
+namespace {
+
+std::atomic<std::uint64_t> generation{0};
+
+// pthread_atfork and not getpid(): the latter is a system call on every pool operation.
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { generation.fetch_add(1, std::memory_order_relaxed); });
+
+}  // namespace
+
+std::uint64_t fork_generation() noexcept { return generation.load(std::memory_order_relaxed); }
+
+}  // namespace elastikv

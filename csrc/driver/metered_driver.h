@@ -1,0 +1,42 @@
+// Counts a driver's calls, their failures and their time, by kind. Each pool puts one in front of the driver it shares.
+#pragma once
+
+#include <array>
+#include <atomic>
+
+#include "driver/forwarding_driver.h"
+
+namespace elastikv {
+
+struct DriverCallStats {
+    std::uint64_t count = 0;
+    std::uint64_t failures = 0;
+    std::uint64_t nanoseconds = 0;
+};
+using DriverCallTable = std::array<DriverCallStats, driver_call_kinds>;
+
+// Thread safe: counters are atomics, and a reader may see a call's count before its time.
+class MeteredDriver final : public ForwardingDriver {
+   public:
+    using ForwardingDriver::ForwardingDriver;
+
+    DriverCallTable table() const noexcept;
+    // Bytes of physical memory or addresses whose owner is gone and which the driver refused to take back.
+    Bytes abandoned() const noexcept { return abandoned_.load(std::memory_order_relaxed); }
+    void abandon(Bytes bytes) noexcept { abandoned_.fetch_add(bytes, std::memory_order_relaxed); }
+
+   private:
+    Status forward(DriverCall call, Forwarded& go) noexcept override;
+
+    struct Counter {
+        std::atomic<std::uint64_t> count{0};
+        std::atomic<std::uint64_t> failures{0};
+        std::atomic<std::uint64_t> nanoseconds{0};
+    };
+    std::array<Counter, driver_call_kinds> counters_;
+    std::atomic<Bytes> abandoned_{0};
+};
+
+using MeteredDriverPtr = std::shared_ptr<MeteredDriver>;
+
+}  // namespace elastikv
