@@ -1,0 +1,35 @@
+#include "vmm/mapping.h"
+
+#include <utility>
+
+namespace elastikv {
+
+Mapping::Mapping(std::shared_ptr<AddressRange> range, std::shared_ptr<PhysicalExtent> extent, Bytes offset)
+    : range_(std::move(range)), extent_(std::move(extent)), offset_(offset) {}
+
+// A refused unmap is counted as a failure by the meter; the extent is released all the same and its memory goes with the
+// mapping when the process ends.
+Mapping::~Mapping() { (void)try_unmap(); }
+
+Status Mapping::try_map() noexcept {
+    if (mapped_) return Status::success();
+    const Status status = range_->driver().map(address(), size(), extent_->handle());
+    if (status.ok()) mapped_ = true;
+    return status;
+}
+
+Status Mapping::try_set_access() noexcept {
+    if (accessible_) return Status::success();
+    const Status status = range_->driver().set_access(address(), size());
+    if (status.ok()) accessible_ = true;
+    return status;
+}
+
+Status Mapping::try_unmap() noexcept {
+    if (!mapped_) return Status::success();
+    const Status status = range_->driver().unmap(address(), size());
+    if (status.ok()) mapped_ = accessible_ = false;
+    return status;
+}
+
+}  // namespace elastikv

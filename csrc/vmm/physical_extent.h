@@ -1,0 +1,34 @@
+// One physical allocation.
+#pragma once
+
+#include <memory>
+
+#include "driver/metered_driver.h"
+
+namespace elastikv {
+
+// Owns a driver handle. Shared, as one extent may be mapped at several addresses. Not thread safe where released by hand.
+class PhysicalExtent {
+   public:
+    static Result<std::shared_ptr<PhysicalExtent>> try_create(MeteredDriverPtr driver, Bytes size);
+    // Releases what try_release has not; a refusal is counted as abandoned bytes.
+    ~PhysicalExtent();
+    PhysicalExtent(const PhysicalExtent&) = delete;
+    PhysicalExtent& operator=(const PhysicalExtent&) = delete;
+
+    // After ok the object is empty; after a failure it still owns the memory.
+    Status try_release() noexcept;
+
+    ExtentHandle handle() const { return handle_; }
+    Bytes size() const { return size_; }
+
+   private:
+    PhysicalExtent(MeteredDriverPtr driver, ExtentHandle handle, Bytes size);
+
+    MeteredDriverPtr driver_;
+    ExtentHandle handle_;
+    Bytes size_;
+    bool owned_ = true;
+};
+
+}  // namespace elastikv
