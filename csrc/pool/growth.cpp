@@ -1,0 +1,177 @@
+// VirtualMemoryPool: making memory resident.
+#include <algorithm>
+#include <utility>
+
+#include "pool/virtual_memory_pool.h"
+
+namespace elastikv {
+
+Bytes VirtualMemoryPool::try_allocate(ByteRange bytes, const AllocateOptions& options) {
+    settle_passed();
+    if (const auto held = table_.live().first_overlap(bytes)) throw AlreadyMapped(bytes, *held);
+    const ByteRange pages = table_.pages_of(bytes);
+
+    std::vector<Extent> fresh;
+    try {
+        for (const ByteRange& gap : table_.gaps(pages)) {
+            const Bytes lacking = try_fill_gap(gap, options, fresh);
+            if (lacking > 0) {
+                undo(fresh);
+                return lacking;
+            }
+        }
+        bool zeroed = false;
+        for (const Extent& extent : fresh) zeroed |= !extent.clean.empty() && !driver_->capabilities().fresh_is_zero;
+        prepare_kept_extents(bytes, options, zeroed);
+        order_after_earlier_users(bytes, options.stream);
+        if (zeroed && driver_->capabilities().asynchronous) {
+            auto fence = RecordedFence::try_record(driver_, driver_->service_stream());
+            if (!fence.ok()) throw CudaError(fence.status(), "recording the end of scrubbing");
+            const Status ordered = fence.value()->try_order(options.stream);
+            if (!ordered.ok()) throw CudaError(ordered, "ordering the stream after scrubbing");
+            for (Extent& extent : fresh) extent.zeroing = fence.value();
+        }
+    } catch (...) {
+        undo(fresh);
+        throw;
+    }
+    for (Extent& extent : fresh) {
+        if (extent.zeroing) scrubbing_.emplace_back(extent.range.begin, extent.zeroing);
+        table_.insert(std::move(extent));
+    }
+    table_.claim(bytes);
+    note_peaks();
+    if (!scrubbing_.empty()) worker_.wake();
+    return 0;
+}
+
+Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh) {
+    // Mapping ahead is worth a try, but not worth anyone else's memory: where it does not fit, exactly the gap is taken.
+    const Bytes far_end = open_ended_end(gap, options);
+    for (const Bytes end : {far_end, gap.end}) {
+        const ByteRange range{gap.begin, end};
+        if (budget_ && !budget_->try_charge(range.size())) continue;
+        const bool zero = options_.scrub_fresh || options.zero;
+        const Status status = try_make_extent(range, zero, fresh);
+        if (status.ok()) return 0;
+        if (status.code == StatusCode::out_of_memory && status.call == DriverCall::create) continue;
+        if (status.call == DriverCall::map || status.call == DriverCall::set_access) throw MappingFailed(status, range);
+        throw CudaError(status, "making an extent of " + format_bytes(range.size()));
+    }
+    return gap.size();
+}
+
+Bytes VirtualMemoryPool::open_ended_end(ByteRange gap, const AllocateOptions& options) const {
+    if (!options.open_ended) return gap.end;
+    const Bytes limit = std::min(align_down(std::max(options.grow_end, gap.end), page_size()), capacity());
+    const auto share = static_cast<Bytes>(static_cast<double>(options.held) * options_.growth_share);
+    const Bytes ahead = align_down(share, page_size());
+    if (ahead <= gap.size() || limit <= gap.end) return gap.end;
+    return table_.gap_end(gap.end, std::min(limit, gap.begin + ahead));
+}
+
+// The bytes are charged already. After a failure they are refunded, or, where the driver would not take back what was made
+// so far, the extent is kept as a parked one and the charge with it.
+Status VirtualMemoryPool::try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh) {
+    auto physical = PhysicalExtent::try_create(driver_, range.size());
+    if (!physical.ok()) {
+        if (budget_) budget_->refund(range.size());
+        return physical.status();
+    }
+    Extent extent;
+    extent.range = range;
+    extent.mapping = std::make_unique<Mapping>(range_, std::move(physical.value()), range.begin);
+    const bool fresh_is_zero = driver_->capabilities().fresh_is_zero;
+    extent.foreign = options_.scrub_fresh && !fresh_is_zero;
+    Status status = extent.mapping->try_map();
+    if (status.ok()) status = extent.mapping->try_set_access();
+    if (status.ok() && zero && !fresh_is_zero) {
+        status = driver_->zero(extent.mapping->address(), range.size());
+        if (status.ok()) extent.foreign = false;
+    }
+    if (!status.ok()) {
+        discard(std::move(extent));
+        return status;
+    }
+    if (zero || fresh_is_zero) extent.clean = range;
+    fresh.push_back(std::move(extent));
+    return status;
+}
+
+// Idle pages that are taken up again: makes them accessible, orders scrubbing after their last users, and scrubs.
+void VirtualMemoryPool::prepare_kept_extents(ByteRange bytes, const AllocateOptions& options, bool& zeroed) {
+    std::vector<ByteRange> dirty;
+    table_.for_each_extent(table_.pages_of(bytes), [&](Extent& extent) {
+        Status status = extent.mapping->try_map();
+        if (status.ok()) status = extent.mapping->try_set_access();
+        if (!status.ok()) throw MappingFailed(status, extent.range);
+        if (extent.zeroing && driver_->capabilities().asynchronous) {
+            const Status ordered = extent.zeroing->try_order(options.stream);
+            if (!ordered.ok()) throw CudaError(ordered, "ordering the stream after scrubbing");
+        }
+        if (extent.foreign) {
+            dirty.push_back(extent.range);
+        } else if (options.zero) {
+            const ByteRange part = bytes.clipped_to(extent.range);
+            const ByteRange clean = extent.clean.clipped_to(part);
+            if (clean.empty()) {
+                dirty.push_back(part);
+            } else {
+                dirty.push_back({part.begin, clean.begin});
+                dirty.push_back({clean.end, part.end});
+            }
+        }
+    });
+    std::erase_if(dirty, [](const ByteRange& part) { return part.empty(); });
+    if (dirty.empty()) return;
+    order_after_earlier_users(bytes, driver_->service_stream());
+    for (const ByteRange& part : dirty) {
+        const Status status = driver_->zero(base_address() + part.begin, part.size());
+        if (!status.ok()) throw CudaError(status, "scrubbing");
+    }
+    zeroed = true;
+    table_.for_each_extent(table_.pages_of(bytes), [](Extent& extent) {
+        if (extent.foreign) extent.clean = extent.range;
+        extent.foreign = false;
+    });
+}
+
+// Released memory may be taken up again before earlier work on it is done, as `stream` is made to wait for that work.
+void VirtualMemoryPool::order_after_earlier_users(ByteRange bytes, Stream stream) {
+    for (const std::uint64_t id : table_.batches_in(bytes)) {
+        const RetireBatch* const batch = retiring_.find(id);
+        if (batch == nullptr) continue;
+        const bool same_stream = std::all_of(batch->unrecorded.begin(), batch->unrecorded.end(),
+                                             [&](const Stream& s) { return s == stream; });
+        if ((batch->gate && !batch->gate->is_open()) || !same_stream) {
+            throw InvalidArgument("memory in [" + std::to_string(bytes.begin) + ", " + std::to_string(bytes.end) +
+                                  ") was released while a stream captures a graph or its gate is closed; it can be taken "
+                                  "up again once that is over");
+        }
+        for (const FencePtr& fence : batch->fences) {
+            const Status ordered = fence->try_order(stream);
+            if (!ordered.ok()) throw CudaError(ordered, "ordering a stream after earlier users of the memory");
+        }
+    }
+}
+
+void VirtualMemoryPool::undo(std::vector<Extent>& fresh) noexcept {
+    const bool scrubbed = std::any_of(fresh.begin(), fresh.end(), [](const Extent& extent) { return !extent.clean.empty(); });
+    if (scrubbed) wait_for_service_stream();
+    for (Extent& extent : fresh) discard(std::move(extent));
+    fresh.clear();
+}
+
+// Only on failure paths: what was being scrubbed is about to be unmapped.
+void VirtualMemoryPool::wait_for_service_stream() noexcept {
+    if (!driver_->capabilities().asynchronous) return;
+    auto fence = RecordedFence::try_record(driver_, driver_->service_stream());
+    if (!fence.ok() || !fence.value()->try_wait().ok()) (void)driver_->synchronize();
+}
+
+void VirtualMemoryPool::note_peaks() {
+    peak_physical_ = std::max(peak_physical_, table_.totals().physical);
+    peak_used_ = std::max(peak_used_, table_.totals().used);
+}
+
+}  // namespace elastikv

@@ -1,0 +1,119 @@
+// Which extents lie where, which of their pages are used, and what that sums to. Bookkeeping only: no driver, no policy.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/interval_set.h"
+#include "vmm/mapping.h"
+#include "vmm/recorded_fence.h"
+
+namespace elastikv {
+
+struct Extent {
+    ByteRange range;  // offsets in the pool, whole pages
+    std::unique_ptr<Mapping> mapping;
+    // The part that is known to read as zeros. One interval is enough: growth uses up an extent from its front.
+    ByteRange clean;
+    FencePtr zeroing;    // scrubbing that may still run; null once it has passed
+    bool ahead = false;    // mapped before anyone asked, so the park limit does not apply
+    bool foreign = false;  // may hold another owner's bytes: to be zeroed before any of it is handed out
+    // Kept by PageTable:
+    Bytes used = 0;
+    Bytes retiring = 0;
+    std::uint64_t idle_since = 0;  // a count that grows; 0 while any page is used or retiring
+
+    bool idle() const { return used == 0 && retiring == 0; }
+};
+
+struct PageTotals {
+    Bytes physical = 0;
+    Bytes used = 0;
+    Bytes retiring = 0;
+    Bytes parked = 0;
+    Bytes ahead = 0;  // the part of `parked` that was mapped ahead
+};
+
+// A page is used if any of its bytes is live; else retiring, if any of its bytes is; else idle.
+// Not thread safe: the pool's lock guards it. Operations cost O(log n) and the extents and allocations they touch.
+class PageTable {
+   public:
+    explicit PageTable(Bytes page_size) : page_size_(page_size) {}
+
+    ByteRange pages_of(ByteRange bytes) const { return align_outward(bytes, page_size_); }
+
+    const IntervalSet& live() const { return live_; }
+    bool is_used(ByteRange bytes) const;
+    // Parts of `pages` under which no extent lies, in order.
+    std::vector<ByteRange> gaps(ByteRange pages) const;
+    // How far a gap that starts at `offset` goes, at most to `limit`.
+    Bytes gap_end(Bytes offset, Bytes limit) const;
+
+    Extent& insert(Extent extent);
+    // The extent must be idle.
+    Extent take(Bytes begin);
+    Extent* find(Bytes begin);
+
+    // Free bytes become live; retiring ones among them are revived.
+    void claim(ByteRange bytes);
+    // Live bytes become retiring, under the batch that will settle them.
+    void release(ByteRange bytes, std::uint64_t batch);
+    // What is still retiring under `batch` within `bytes` becomes idle.
+    void settle(ByteRange bytes, std::uint64_t batch);
+
+    // Batches that have retiring bytes in `bytes`, each once.
+    std::vector<std::uint64_t> batches_in(ByteRange bytes) const;
+
+    template <typename Visit>
+    void for_each_extent(ByteRange range, Visit visit) {
+        for (auto it = first_at(range.begin); it != extents_.end() && it->first < range.end; ++it) visit(it->second);
+    }
+
+    // Idle extents, oldest first, by their begin.
+    const std::map<std::uint64_t, Bytes>& parked() const { return parked_; }
+    const PageTotals& totals() const { return totals_; }
+    std::size_t extent_count() const { return extents_.size(); }
+    Bytes page_size() const { return page_size_; }
+
+    // Recounts everything from scratch and compares; for tests. Returns what disagrees, empty if nothing does.
+    std::string check() const;
+
+   private:
+    struct RetiringRun {
+        Bytes end;
+        std::uint64_t batch;
+    };
+    struct Tally {
+        Bytes used = 0;
+        Bytes retiring = 0;
+    };
+    using Extents = std::map<Bytes, Extent>;
+    using RetiringRuns = std::map<Bytes, RetiringRun>;
+
+    Extents::iterator first_at(Bytes offset);
+    Extents::const_iterator first_at(Bytes offset) const;
+    Tally tally(ByteRange pages) const;
+    template <typename Mutate>
+    void edit(ByteRange bytes, Mutate mutate);
+    void add_totals(const Extent& extent);
+    void subtract_totals(const Extent& extent);
+    void refresh_parking(Extent& extent);
+    // The run that holds `offset`, or the first one behind it.
+    RetiringRuns::iterator first_retiring(Bytes offset);
+    RetiringRuns::const_iterator first_retiring(Bytes offset) const;
+    // Removes retiring bytes of `bytes` (of one batch, or of any where batch is 0).
+    void drop_retiring(ByteRange bytes, std::uint64_t batch);
+
+    Bytes page_size_;
+    Extents extents_;  // by begin
+    IntervalSet live_;
+    RetiringRuns retiring_;  // disjoint from live_ and from each other
+    std::map<std::uint64_t, Bytes> parked_;
+    std::uint64_t idle_clock_ = 0;
+    PageTotals totals_;
+};
+
+}  // namespace elastikv

@@ -1,0 +1,225 @@
+// VirtualMemoryPool: releasing memory, reclaiming it, and what the worker does.
+#include <algorithm>
+#include <utility>
+
+#include "pool/virtual_memory_pool.h"
+
+namespace elastikv {
+
+void VirtualMemoryPool::retire(std::vector<ByteRange> parts, std::span<const Stream> streams,
+                               std::shared_ptr<ReleaseGate> gate) {
+    auto prepared = retiring_.try_prepare(std::move(parts), streams, std::move(gate));
+    if (!prepared.ok()) throw CudaError(prepared.status(), "recording a fence for released memory");
+    RetireBatch batch = std::move(prepared.value());
+    for (const ByteRange& part : batch.parts) {
+        table_.for_each_extent(part, [&](const Extent& extent) {
+            if (extent.zeroing) batch.fences.push_back(extent.zeroing);
+        });
+        table_.release(part, batch.id);
+    }
+    retiring_.push(std::move(batch));
+    settle_passed();
+    if (!retiring_.empty()) worker_.wake();
+}
+
+// Carries what the device has finished into the books. Gives memory back on the host, where no one waits for a device;
+// elsewhere the worker does, as unmapping costs tens of microseconds a handle.
+void VirtualMemoryPool::settle_passed() {
+    std::erase_if(scrubbing_, [this](const auto& pending) {
+        Extent* const extent = table_.find(pending.first);
+        if (extent == nullptr || extent->zeroing != pending.second) return true;
+        if (!pending.second->has_passed()) return false;
+        extent->zeroing.reset();
+        return true;
+    });
+    if (retiring_.empty()) return;
+    for (const RetireBatch& batch : retiring_.take_passed()) {
+        for (const ByteRange& part : batch.parts) table_.settle(part, batch.id);
+    }
+    if (!over_park_limit()) return;
+    if (driver_->capabilities().asynchronous) {
+        worker_.wake();
+    } else {
+        give_back_excess();
+    }
+}
+
+bool VirtualMemoryPool::over_park_limit() const {
+    return table_.totals().parked - table_.totals().ahead > park_limit_;
+}
+
+Bytes VirtualMemoryPool::give_back_parked(Bytes wanted) {
+    Bytes freed = 0;
+    std::vector<Bytes> oldest_first;
+    for (const bool ahead : {false, true}) {  // what was mapped ahead is about to be wanted, so it goes last
+        for (const auto& [since, begin] : table_.parked()) {
+            if (table_.find(begin)->ahead == ahead) oldest_first.push_back(begin);
+        }
+    }
+    for (const Bytes begin : oldest_first) {
+        if (freed >= wanted) break;
+        freed += try_give_back(*table_.find(begin));
+    }
+    return freed;
+}
+
+Bytes VirtualMemoryPool::give_back_excess() {
+    Bytes freed = 0;
+    for (auto it = table_.parked().begin(); it != table_.parked().end() && over_park_limit();) {
+        Extent& extent = *table_.find(it->second);
+        ++it;  // before the extent leaves the list
+        if (!extent.ahead) freed += try_give_back(extent);
+    }
+    return freed;
+}
+
+// Returns the bytes freed: all of the extent, or none where the driver refused, and then it stays in the books.
+Bytes VirtualMemoryPool::try_give_back(Extent& extent) noexcept {
+    if (extent.zeroing && !extent.zeroing->has_passed()) return 0;
+    const Bytes size = extent.range.size();
+    Status status = extent.mapping->try_unmap();
+    if (status.ok()) status = extent.mapping->extent().try_release();
+    if (!status.ok()) {
+        ++reclaims_refused_;
+        return 0;
+    }
+    table_.take(extent.range.begin);
+    if (budget_) budget_->refund(size);
+    return size;
+}
+
+// For an extent that is not in the books: gives it back, or puts it there as a parked one if the driver refuses.
+void VirtualMemoryPool::discard(Extent extent) noexcept {
+    extent.clean = {};
+    extent.zeroing.reset();
+    Status status = extent.mapping->try_unmap();
+    if (status.ok()) status = extent.mapping->extent().try_release();
+    if (status.ok()) {
+        if (budget_) budget_->refund(extent.range.size());
+        return;
+    }
+    ++reclaims_refused_;
+    table_.insert(std::move(extent));
+    note_peaks();
+}
+
+Bytes VirtualMemoryPool::trim(Bytes wanted) { return reclaim(wanted, false); }
+
+Bytes VirtualMemoryPool::reclaim(Bytes wanted, bool wait) {
+    require_open();
+    std::unique_lock lock(mutex_);
+    if (wait) {
+        const std::vector<FencePtr> fences = retiring_.pending_fences();
+        lock.unlock();
+        for (const FencePtr& fence : fences) (void)fence->try_wait();
+        lock.lock();
+    }
+    const Bytes before = table_.totals().physical;
+    settle_passed();
+    const Bytes settled = before - table_.totals().physical;  // the host gives back as it settles
+    return settled >= wanted ? settled : settled + give_back_parked(wanted - settled);
+}
+
+void VirtualMemoryPool::drain() {
+    require_open();
+    std::unique_lock lock(mutex_);
+    prefetched_.wait(lock, [this] { return closed_ || (prefetches_.empty() && !prefetching_); });
+    for (;;) {
+        settle_passed();
+        const std::vector<FencePtr> fences = retiring_.pending_fences();
+        if (fences.empty()) break;
+        lock.unlock();
+        for (const FencePtr& fence : fences) (void)fence->try_wait();
+        lock.lock();
+    }
+    give_back_excess();
+}
+
+void VirtualMemoryPool::synchronize() {
+    require_open();
+    if (!driver_->capabilities().asynchronous) return;
+    const Status status = driver_->synchronize();
+    if (!status.ok()) throw CudaError(status, "waiting for the device");
+}
+
+// The worker's turn. True: call again soon, as device work is pending.
+bool VirtualMemoryPool::work_step() {
+    std::unique_lock lock(mutex_);
+    while (!prefetches_.empty() && !closed_) {
+        const ByteRange pages = prefetches_.front();
+        prefetches_.pop_front();
+        run_prefetch(pages);
+        prefetched_.notify_all();
+        lock.unlock();  // between extents, so that a caller who wants to grow waits for one driver call at most
+        lock.lock();
+    }
+    settle_passed();
+    while (over_park_limit() && !closed_) {
+        Extent* victim = nullptr;
+        for (const auto& [since, begin] : table_.parked()) {
+            victim = table_.find(begin);
+            if (!victim->ahead) break;
+        }
+        if (victim == nullptr || try_give_back(*victim) == 0) break;
+        lock.unlock();
+        lock.lock();
+    }
+    return !retiring_.empty() || !scrubbing_.empty();
+}
+
+void VirtualMemoryPool::run_prefetch(ByteRange pages) {
+    for (const ByteRange& gap : table_.gaps(pages)) {
+        std::vector<Extent> fresh;
+        if ((budget_ && !budget_->try_charge(gap.size())) || !try_make_extent(gap, options_.scrub_fresh, fresh).ok()) {
+            ++prefetches_dropped_;
+            return;
+        }
+        Extent& extent = fresh.front();
+        extent.ahead = true;
+        const bool scrubs = options_.scrub_fresh && !driver_->capabilities().fresh_is_zero;
+        if (scrubs && driver_->capabilities().asynchronous) {
+            auto fence = RecordedFence::try_record(driver_, driver_->service_stream());
+            if (!fence.ok()) {
+                undo(fresh);
+                ++prefetches_dropped_;
+                return;
+            }
+            extent.zeroing = fence.value();
+            scrubbing_.emplace_back(extent.range.begin, extent.zeroing);
+        }
+        table_.insert(std::move(extent));
+        note_peaks();
+    }
+    ++prefetches_done_;
+}
+
+void VirtualMemoryPool::release_everything() noexcept {
+    {
+        const std::lock_guard lock(mutex_);
+        if (closed_) return;
+        closed_ = true;
+        prefetches_.clear();
+        prefetched_.notify_all();
+    }
+    worker_.stop();
+    std::unique_lock lock(mutex_);
+    retiring_.ignore_gates();
+    settle_passed();
+    std::vector<FencePtr> fences = retiring_.pending_fences();
+    for (const auto& [begin, fence] : scrubbing_) fences.push_back(fence);
+    const bool live = !table_.live().empty();
+    lock.unlock();
+    for (const FencePtr& fence : fences) (void)fence->try_wait();
+    // Work on memory that was never released has no fence of its own.
+    if (live && driver_->capabilities().asynchronous) (void)driver_->synchronize();
+    lock.lock();
+    settle_passed();
+    std::vector<ByteRange> parts;
+    table_.live().for_each({0, capacity()}, [&](ByteRange part) { parts.push_back(part); });
+    constexpr std::uint64_t last_batch = ~std::uint64_t{0};
+    for (const ByteRange& part : parts) table_.release(part, last_batch);
+    for (const ByteRange& part : parts) table_.settle(part, last_batch);
+    give_back_parked(capacity());
+}
+
+}  // namespace elastikv

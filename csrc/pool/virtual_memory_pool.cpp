@@ -1,0 +1,201 @@
+#include "pool/virtual_memory_pool.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "driver/fork_guard.h"
+
+namespace elastikv {
+namespace {
+
+constexpr Bytes default_cuda_park_limit = 256 * MiB;
+
+Bytes checked_page_size(Bytes page_size, Bytes granularity) {
+    if (page_size == 0) return granularity;
+    if (!is_power_of_two(page_size) || page_size % granularity != 0) throw InvalidPageSize(page_size, granularity);
+    return page_size;
+}
+
+std::shared_ptr<AddressRange> reserve(const MeteredDriverPtr& driver, Bytes capacity, Bytes page_size) {
+    if (capacity == 0) throw InvalidSize("capacity must be at least 1 byte, not 0");
+    const auto rounded = align_up(capacity, page_size);
+    if (!rounded) throw OutOfVirtualMemory(capacity, "which does not fit 64 bits once rounded up to pages");
+    auto range = AddressRange::try_reserve(driver, *rounded, page_size);
+    if (!range.ok()) throw OutOfVirtualMemory(*rounded, describe(range.status()));
+    return std::move(range.value());
+}
+
+}  // namespace
+
+VirtualMemoryPool::VirtualMemoryPool(Bytes capacity, DriverPtr driver, PoolOptions options, std::shared_ptr<Budget> budget)
+    : driver_(std::make_shared<MeteredDriver>(std::move(driver))),
+      options_(options),
+      park_limit_(options.park_limit.value_or(
+          driver_->capabilities().kind == DeviceKind::cuda ? default_cuda_park_limit : Bytes{0})),
+      budget_(std::move(budget)),
+      born_in_(fork_generation()),
+      range_(reserve(driver_, capacity, checked_page_size(options.page_size, driver_->capabilities().granularity))),
+      table_(checked_page_size(options.page_size, driver_->capabilities().granularity)),
+      retiring_(driver_),
+      worker_([this] { return work_step(); }) {
+    if (!(options.growth_share >= 0.0 && options.growth_share <= 1.0)) {
+        throw InvalidArgument("growth_share must be between 0 and 1, not " + std::to_string(options.growth_share));
+    }
+}
+
+VirtualMemoryPool::~VirtualMemoryPool() {
+    if (fork_generation() != born_in_) {
+        worker_.abandon();  // a child has neither the thread nor a right to the parent's memory
+        return;
+    }
+    release_everything();
+}
+
+void VirtualMemoryPool::close() {
+    if (fork_generation() != born_in_) require_open();
+    release_everything();
+}
+
+void VirtualMemoryPool::require_open() const {
+    if (fork_generation() != born_in_) {
+        throw PoolClosed("this pool belongs to the process that forked this one; make one here, or start processes by spawn");
+    }
+    const std::lock_guard lock(mutex_);
+    if (closed_) throw PoolClosed("the pool is closed");
+}
+
+ByteRange VirtualMemoryPool::checked_range(Bytes offset, Bytes size) const {
+    if (size == 0) throw InvalidSize("size must be at least 1 byte, not 0");
+    const auto range = range_of(offset, size);
+    if (!range || range->end > capacity()) throw InvalidOffset(offset, size, capacity());
+    return *range;
+}
+
+Address VirtualMemoryPool::allocate(Bytes offset, Bytes size, const AllocateOptions& options) {
+    require_open();
+    const ByteRange bytes = checked_range(offset, size);
+    // Reclaiming takes other pools' locks and may wait for the device, so it happens between attempts, without our lock.
+    for (bool waited = false;;) {
+        Bytes lacking = 0;
+        {
+            const std::lock_guard lock(mutex_);
+            lacking = try_allocate(bytes, options);
+        }
+        if (lacking == 0) return base_address() + offset;
+        const auto make_room = [&](bool wait) {
+            return budget_ ? budget_->make_room(lacking, wait) : reclaim(lacking, wait);
+        };
+        if (make_room(false) > 0) continue;
+        if (!waited) {
+            waited = true;
+            if (make_room(true) > 0) continue;
+        }
+        MemoryInfo device;
+        (void)driver_->memory_info(device);
+        const Bytes available = budget_ ? std::min(budget_->available(), device.free) : device.free;
+        throw OutOfPhysicalMemory(lacking, available, budget_ ? budget_->describe_holders() : "");
+    }
+}
+
+void VirtualMemoryPool::deallocate(Bytes offset, Bytes size, std::span<const Stream> streams,
+                                   std::shared_ptr<ReleaseGate> gate) {
+    deallocate_all({checked_range(offset, size)}, streams, std::move(gate));
+}
+
+void VirtualMemoryPool::deallocate_all(std::vector<ByteRange> parts, std::span<const Stream> streams,
+                                       std::shared_ptr<ReleaseGate> gate) {
+    require_open();
+    const std::lock_guard lock(mutex_);
+    for (const ByteRange& part : parts) {
+        checked_range(part.begin, part.size());
+        const Bytes gap = table_.live().first_gap(part);
+        if (gap != part.end) throw NotMapped(part, gap);
+    }
+    retire(std::move(parts), streams, std::move(gate));
+}
+
+Bytes VirtualMemoryPool::deallocate_within(Bytes offset, Bytes size, std::span<const Stream> streams) {
+    require_open();
+    const ByteRange bytes = checked_range(offset, size);
+    const std::lock_guard lock(mutex_);
+    std::vector<ByteRange> parts;
+    table_.live().for_each(bytes, [&](ByteRange part) { parts.push_back(part); });
+    Bytes freed = 0;
+    for (const ByteRange& part : parts) freed += part.size();
+    if (freed > 0) retire(std::move(parts), streams, nullptr);
+    return freed;
+}
+
+void VirtualMemoryPool::prefetch(Bytes offset, Bytes size) {
+    require_open();
+    const ByteRange bytes = checked_range(offset, size);
+    const std::lock_guard lock(mutex_);
+    if (table_.gaps(table_.pages_of(bytes)).empty()) return;
+    prefetches_.push_back(table_.pages_of(bytes));
+    if (!worker_.wake()) {
+        prefetches_.pop_back();
+        ++prefetches_dropped_;
+    }
+}
+
+bool VirtualMemoryPool::is_mapped(Bytes offset, Bytes size) const {
+    require_open();
+    const auto range = range_of(offset, size);
+    if (!range || range->empty() || range->end > capacity()) return false;
+    const std::lock_guard lock(mutex_);
+    return table_.is_used(*range);
+}
+
+std::optional<Bytes> VirtualMemoryPool::blocked_until(Bytes offset, Bytes size) const {
+    require_open();
+    const ByteRange bytes = checked_range(offset, size);
+    const std::lock_guard lock(mutex_);
+    std::optional<Bytes> end;
+    for (const std::uint64_t id : table_.batches_in(bytes)) {
+        const RetireBatch* const batch = retiring_.find(id);
+        if (batch == nullptr || batch->recorded()) continue;
+        for (const ByteRange& part : batch->parts) {
+            if (part.overlaps(bytes)) end = std::max(end.value_or(0), part.end);
+        }
+    }
+    return end;
+}
+
+Bytes VirtualMemoryPool::physical_memory_usage() const {
+    const std::lock_guard lock(mutex_);
+    return table_.totals().physical;
+}
+
+MemoryStats VirtualMemoryPool::stats() const {
+    const std::lock_guard lock(mutex_);
+    const PageTotals& totals = table_.totals();
+    MemoryStats stats;
+    stats.virtual_capacity = capacity();
+    stats.physical_usage = totals.physical;
+    stats.page_size = page_size();
+    stats.mapped_pages = totals.physical / page_size();
+    stats.live = table_.live().total();
+    stats.used = totals.used;
+    stats.retiring = totals.retiring;
+    stats.parked = totals.parked;
+    stats.stranded = totals.physical - totals.used - totals.retiring - totals.parked;
+    if (totals.physical > 0) {
+        stats.fragmentation_ratio = 1.0 - static_cast<double>(stats.live) / static_cast<double>(totals.physical);
+    }
+    stats.extents = table_.extent_count();
+    stats.peak_physical = peak_physical_;
+    stats.peak_used = peak_used_;
+    stats.prefetches_done = prefetches_done_;
+    stats.prefetches_dropped = prefetches_dropped_;
+    stats.reclaims_refused = reclaims_refused_;
+    stats.abandoned = driver_->abandoned();
+    stats.driver_calls = driver_->table();
+    return stats;
+}
+
+std::string VirtualMemoryPool::check() const {
+    const std::lock_guard lock(mutex_);
+    return table_.check();
+}
+
+}  // namespace elastikv
