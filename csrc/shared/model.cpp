@@ -1,0 +1,136 @@
+#include "shared/model.h"
+
+#include <utility>
+
+namespace elastikv {
+
+Model::Model(std::string name, Bytes virtual_capacity, const DriverPtr& driver, const PoolOptions& options,
+             const std::shared_ptr<PhysicalBudget>& budget)
+    : name_(std::move(name)), pool_(std::make_shared<VirtualMemoryPool>(virtual_capacity, driver, options, budget)) {
+    free_.add({0, pool_->capacity()});
+}
+
+Address Model::allocate(Bytes size, AllocateOptions options) {
+    if (size == 0) throw InvalidSize("size must be at least 1 byte, not 0");
+    require_registered();
+    const Bytes begin = take_addresses(size);
+    const ByteRange bytes{begin, begin + size};
+    try {
+        const Address address = pool_->allocate(begin, size, options);
+        const std::lock_guard lock(mutex_);
+        allocated_.add(bytes);
+        return address;
+    } catch (...) {
+        return_addresses(align_outward(bytes, pool_->page_size()));
+        throw;
+    }
+}
+
+void Model::deallocate(Bytes offset, Bytes size, std::span<const Stream> streams, std::shared_ptr<ReleaseGate> gate) {
+    if (size == 0) throw InvalidSize("size must be at least 1 byte, not 0");
+    const auto bytes = range_of(offset, size);
+    if (!bytes || bytes->end > pool_->capacity()) throw InvalidOffset(offset, size, pool_->capacity());
+    const std::lock_guard lock(mutex_);
+    if (!registered_) throw ModelNotFound(name_, "It was unregistered, which freed its allocations");
+    const Bytes gap = allocated_.first_gap(*bytes);
+    if (gap != bytes->end) throw NotMapped(*bytes, gap);
+    pool_->deallocate(offset, size, streams, std::move(gate));
+    allocated_.remove(*bytes);
+    // An allocation starts on a page of its own, so a page is free once none of its bytes is allocated.
+    ByteRange pages = align_outward(*bytes, pool_->page_size());
+    if (allocated_.first_overlap({pages.begin, bytes->begin})) pages.begin += pool_->page_size();
+    if (pages.begin < pages.end && allocated_.first_overlap({bytes->end, pages.end})) pages.end -= pool_->page_size();
+    free_.add(pages);
+}
+
+std::unique_ptr<Region> Model::reserve(Bytes size) {
+    if (size == 0) throw InvalidSize("a region needs at least 1 byte");
+    require_registered();
+    const Bytes begin = take_addresses(size);
+    return std::make_unique<Region>(shared_from_this(), align_outward({begin, begin + size}, pool_->page_size()));
+}
+
+void Model::unregister() {
+    const std::lock_guard lock(mutex_);
+    if (!registered_) return;
+    std::vector<ByteRange> parts;
+    allocated_.for_each({0, pool_->capacity()}, [&](ByteRange part) { parts.push_back(part); });
+    // Nobody says which streams used them, so all of the device's work comes first.
+    if (!parts.empty()) pool_->synchronize();
+    if (!parts.empty()) pool_->deallocate_all(parts, {});
+    for (const ByteRange& part : parts) allocated_.remove(part);
+    registered_ = false;
+}
+
+bool Model::registered() const {
+    const std::lock_guard lock(mutex_);
+    return registered_;
+}
+
+void Model::require_registered() const {
+    if (!registered()) throw ModelNotFound(name_, "It was unregistered");
+}
+
+Bytes Model::take_addresses(Bytes size) {
+    const auto rounded = align_up(size, pool_->page_size());
+    const std::lock_guard lock(mutex_);
+    std::optional<Bytes> place;
+    for (Bytes from = 0; rounded;) {
+        place = free_.find(*rounded, pool_->page_size(), from);
+        if (!place) break;
+        // Memory that is released under a gate or in a capture can't change hands yet: go past it.
+        const auto blocked = pool_->blocked_until(*place, *rounded);
+        if (!blocked) break;
+        from = *blocked;
+        place.reset();
+    }
+    if (!place) {
+        throw OutOfVirtualMemory(size, "model '" + name_ + "' has " + format_bytes(free_.total()) + " of its " +
+                                           format_bytes(pool_->capacity()) +
+                                           " of addresses free, not in one piece of that size; register it with a larger "
+                                           "virtual_capacity, addresses cost nothing");
+    }
+    free_.remove({*place, *place + *rounded});
+    return *place;
+}
+
+void Model::return_addresses(ByteRange pages) {
+    const std::lock_guard lock(mutex_);
+    free_.add(pages);
+}
+
+Region::~Region() {
+    VirtualMemoryPool& pool = model_->pool();
+    try {
+        pool.deallocate_within(range_.begin, range_.size(), final_streams_);
+    } catch (const PoolClosed&) {
+        return;  // everything was given back already, or belongs to the process that forked this one
+    } catch (const VmmError&) {
+        try {
+            // No fence could be recorded, say on a stream that is gone. Nothing is pending once the device has finished.
+            pool.synchronize();
+            pool.deallocate_within(range_.begin, range_.size(), {});
+        } catch (const VmmError&) {
+            return;  // the addresses stay taken, so the memory is not handed to anyone
+        }
+    }
+    model_->return_addresses(range_);
+}
+
+void Region::claim(Bytes offset, Bytes size, AllocateOptions options) {
+    model_->require_registered();
+    if (options.open_ended) options.grow_end += range_.begin;
+    model_->pool().allocate(range_.begin + offset, size, options);
+}
+
+void Region::release(std::vector<ByteRange> parts, std::span<const Stream> streams) {
+    for (ByteRange& part : parts) part = {range_.begin + part.begin, range_.begin + part.end};
+    model_->pool().deallocate_all(std::move(parts), streams);
+}
+
+void Region::prefetch(Bytes offset, Bytes size) {
+    model_->require_registered();
+    model_->pool().prefetch(range_.begin + offset, size);
+}
+
+}  // namespace elastikv

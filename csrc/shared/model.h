@@ -1,0 +1,87 @@
+// A model's share of a SharedMemoryPool: a range of addresses, placement in it, and regions for tensors.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "pool/virtual_memory_pool.h"
+#include "shared/physical_budget.h"
+
+namespace elastikv {
+
+class Region;
+
+// Held by the SharedMemoryPool until it is unregistered, by every handle to it, and by every region: its memory lives until
+// the last of them is gone. Thread safe: the mutex guards placement, and may be held while the pool's is taken.
+class Model : public std::enable_shared_from_this<Model> {
+   public:
+    Model(std::string name, Bytes virtual_capacity, const DriverPtr& driver, const PoolOptions& options,
+          const std::shared_ptr<PhysicalBudget>& budget);
+
+    const std::string& name() const { return name_; }
+    Address base_address() const { return pool_->base_address(); }
+    VirtualMemoryPool& pool() { return *pool_; }
+    const std::shared_ptr<VirtualMemoryPool>& shared_pool() const { return pool_; }
+    MemoryStats stats() const { return pool_->stats(); }
+
+    // Makes `size` bytes resident at a free place, which starts on a page, and returns their address.
+    // Throws InvalidSize, OutOfVirtualMemory, OutOfPhysicalMemory, MappingFailed, CudaError, ModelNotFound once unregistered.
+    Address allocate(Bytes size, AllocateOptions options = {});
+    // Frees what allocate() gave, or a part of it; offsets count from base_address().
+    // Throws InvalidSize, InvalidOffset, NotMapped (a region's memory counts as not allocated here), CudaError.
+    void deallocate(Bytes offset, Bytes size, std::span<const Stream> streams = default_stream,
+                    std::shared_ptr<ReleaseGate> gate = nullptr);
+
+    // Reserves `size` bytes of addresses, rounded up to pages, for one owner; nothing is resident yet.
+    std::unique_ptr<Region> reserve(Bytes size);
+
+    // Frees what allocate() gave out, and refuses new allocations and growth. Regions keep what they have.
+    void unregister();
+    bool registered() const;
+
+   private:
+    friend class Region;
+    void require_registered() const;
+    // Takes the lowest free place; throws OutOfVirtualMemory.
+    Bytes take_addresses(Bytes size);
+    void return_addresses(ByteRange pages);
+
+    const std::string name_;
+    const std::shared_ptr<VirtualMemoryPool> pool_;
+    mutable std::mutex mutex_;
+    IntervalSet free_;       // addresses that nobody holds, whole pages
+    IntervalSet allocated_;  // bytes that allocate() gave out
+    bool registered_ = true;
+};
+
+using ModelPtr = std::shared_ptr<Model>;
+
+// Addresses with one owner, parts of which are resident. Gives everything back when it dies, on the streams it was told of.
+// Not thread safe, like a tensor; different regions may be used at once.
+class Region {
+   public:
+    Region(ModelPtr model, ByteRange range) : model_(std::move(model)), range_(range) {}
+    ~Region();
+    Region(const Region&) = delete;
+    Region& operator=(const Region&) = delete;
+
+    Address base() const { return model_->base_address() + range_.begin; }
+    Bytes size() const { return range_.size(); }
+    const ModelPtr& model() const { return model_; }
+
+    // Offsets count from base(). Errors are VirtualMemoryPool's, and ModelNotFound where claim or prefetch come after unregister.
+    void claim(Bytes offset, Bytes size, AllocateOptions options);
+    // All parts or none.
+    void release(std::vector<ByteRange> parts, std::span<const Stream> streams);
+    void prefetch(Bytes offset, Bytes size);
+    // What is left when the region dies is released on these streams.
+    void set_final_streams(std::vector<Stream> streams) { final_streams_ = std::move(streams); }
+
+   private:
+    const ModelPtr model_;
+    const ByteRange range_;  // in the model's pool
+    std::vector<Stream> final_streams_{Stream{}};
+};
+
+}  // namespace elastikv

@@ -1,0 +1,110 @@
+#include "shared/shared_memory_pool.h"
+
+#include <utility>
+
+namespace elastikv {
+
+SharedMemoryPool::SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options)
+    : driver_(std::move(driver)), options_(options), budget_(std::make_shared<PhysicalBudget>(physical_limit)) {
+    const Bytes granularity = driver_->capabilities().granularity;
+    if (options_.page_size == 0) options_.page_size = granularity;
+    if (!is_power_of_two(options_.page_size) || options_.page_size % granularity != 0) {
+        throw InvalidPageSize(options_.page_size, granularity);
+    }
+    if (physical_limit < options_.page_size) {
+        throw InvalidArgument("physical_limit " + std::to_string(physical_limit) + " is below one page, which is " +
+                              format_bytes(options_.page_size));
+    }
+    options_.scrub_fresh = true;  // what the device hands out may be another model's
+}
+
+ModelPtr SharedMemoryPool::register_model(const std::string& id, Bytes virtual_capacity) {
+    if (id.empty()) throw InvalidArgument("a model's id must not be empty");
+    const std::lock_guard lock(mutex_);
+    if (closed_) throw PoolClosed("the shared pool is closed");
+    if (models_.count(id) != 0) throw ModelAlreadyExists(id);
+    auto model = std::make_shared<Model>(id, virtual_capacity, driver_, options_, budget_);
+    budget_->add(id, model->shared_pool());
+    models_.emplace(id, model);
+    return model;
+}
+
+void SharedMemoryPool::unregister_model(const std::string& id) {
+    const ModelPtr gone = model(id);
+    gone->unregister();
+    const std::lock_guard lock(mutex_);
+    const auto it = models_.find(id);
+    if (it != models_.end() && it->second == gone) models_.erase(it);
+}
+
+ModelPtr SharedMemoryPool::model(const std::string& id) const {
+    const std::lock_guard lock(mutex_);
+    if (closed_) throw PoolClosed("the shared pool is closed");
+    const auto it = models_.find(id);
+    if (it == models_.end()) throw ModelNotFound(id, hint_for_unknown());
+    return it->second;
+}
+
+std::string SharedMemoryPool::hint_for_unknown() const {
+    if (models_.empty()) return "No model is registered";
+    std::string known;
+    for (const auto& [id, model] : models_) known += (known.empty() ? "Registered: '" : ", '") + id + "'";
+    return known;
+}
+
+Address SharedMemoryPool::allocate_for_model(const std::string& id, Bytes size, const AllocateOptions& options) {
+    return model(id)->allocate(size, options);
+}
+
+void SharedMemoryPool::deallocate_for_model(const std::string& id, Bytes offset, Bytes size,
+                                            std::span<const Stream> streams, std::shared_ptr<ReleaseGate> gate) {
+    model(id)->deallocate(offset, size, streams, std::move(gate));
+}
+
+std::optional<MemoryStats> SharedMemoryPool::get_model_stats(const std::string& id) const {
+    ModelPtr found;
+    {
+        const std::lock_guard lock(mutex_);
+        const auto it = models_.find(id);
+        if (it == models_.end()) return std::nullopt;
+        found = it->second;
+    }
+    return found->stats();
+}
+
+GlobalMemoryStats SharedMemoryPool::global_stats() const {
+    GlobalMemoryStats stats;
+    stats.physical_limit = budget_->limit();
+    stats.physical_usage = budget_->charged();
+    stats.available = stats.physical_limit - stats.physical_usage;
+    stats.peak_physical = budget_->peak();
+    budget_->for_each_pool([&](const std::string&, const VirtualMemoryPool& pool) {
+        const MemoryStats each = pool.stats();
+        stats.parked += each.parked;
+        stats.retiring += each.retiring;
+    });
+    const std::lock_guard lock(mutex_);
+    stats.num_models = models_.size();
+    return stats;
+}
+
+std::vector<std::string> SharedMemoryPool::models() const {
+    std::vector<std::string> names;
+    const std::lock_guard lock(mutex_);
+    for (const auto& [id, model] : models_) names.push_back(id);
+    return names;
+}
+
+Bytes SharedMemoryPool::trim() { return budget_->make_room(~Bytes{0}, false); }
+
+void SharedMemoryPool::close() {
+    std::map<std::string, ModelPtr> gone;
+    {
+        const std::lock_guard lock(mutex_);
+        closed_ = true;
+        gone.swap(models_);
+    }
+    for (const auto& [id, model] : gone) model->unregister();
+}
+
+}  // namespace elastikv

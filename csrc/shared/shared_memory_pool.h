@@ -1,0 +1,68 @@
+// Several models on one device, under one limit of physical memory.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "shared/model.h"
+
+namespace elastikv {
+
+struct GlobalMemoryStats {
+    Bytes physical_limit = 0;
+    Bytes physical_usage = 0;  // bytes of live extents of all models, unregistered ones with living tensors included
+    std::uint64_t num_models = 0;
+    Bytes available = 0;  // physical_limit - physical_usage; parked memory comes on top of it
+    Bytes parked = 0;
+    Bytes retiring = 0;
+    Bytes peak_physical = 0;
+};
+
+// Every model has addresses of its own and draws physical memory from the common limit, charged before it exists. Where a
+// charge does not fit, parked memory is taken, from any model, and memory that retires is waited for, before anything fails.
+// Memory that changes hands is zeroed.
+//
+// Thread safe: a mutex guards the list of models and is not held while a model is used.
+class SharedMemoryPool {
+   public:
+    // No memory, no addresses yet. Throws InvalidArgument where the limit is below one page, InvalidPageSize.
+    SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options = {});
+
+    // Throws ModelAlreadyExists, InvalidArgument (an empty id), InvalidSize, OutOfVirtualMemory.
+    ModelPtr register_model(const std::string& id, Bytes virtual_capacity);
+    // Frees what allocate_for_model gave out. Tensors keep their memory, charged, until they die. Throws ModelNotFound.
+    void unregister_model(const std::string& id);
+    // Throws ModelNotFound; for the rest see Model.
+    ModelPtr model(const std::string& id) const;
+    Address allocate_for_model(const std::string& id, Bytes size, const AllocateOptions& options = {});
+    void deallocate_for_model(const std::string& id, Bytes offset, Bytes size,
+                              std::span<const Stream> streams = default_stream,
+                              std::shared_ptr<ReleaseGate> gate = nullptr);
+
+    std::optional<MemoryStats> get_model_stats(const std::string& id) const;
+    GlobalMemoryStats global_stats() const;
+    std::vector<std::string> models() const;
+    // Gives all parked memory back; returns the bytes freed.
+    Bytes trim();
+    // Unregisters every model. Later use throws PoolClosed, except for statistics. Calling it again does nothing.
+    void close();
+
+    const Capabilities& device() const { return driver_->capabilities(); }
+    Bytes page_size() const { return options_.page_size; }
+
+   private:
+    std::string hint_for_unknown() const;
+
+    const DriverPtr driver_;
+    PoolOptions options_;
+    const std::shared_ptr<PhysicalBudget> budget_;
+    mutable std::mutex mutex_;
+    std::map<std::string, ModelPtr> models_;
+    bool closed_ = false;
+};
+
+}  // namespace elastikv
