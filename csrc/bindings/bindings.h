@@ -1,0 +1,31 @@
+// What the files of the extension module share.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "shared/shared_memory_pool.h"
+
+namespace elastikv::bindings {
+
+namespace py = pybind11;
+
+void bind_errors(py::module_& module);
+void bind_stats(py::module_& module);
+void bind_pools(py::module_& module);
+void bind_tensors(py::module_& module);
+void bind_devices(py::module_& module);
+
+// A Python integer as bytes. Below 0 or beyond 64 bits: the Python exception `error` of elastikv.errors, naming `what`.
+// Not an integer: TypeError.
+Bytes to_bytes(const py::object& value, const char* what, const char* error = "InvalidSize");
+// As above, with InvalidOffset and its attributes.
+Bytes to_offset(const py::object& offset, const py::object& size, Bytes capacity);
+// None: torch's current stream. Else an iterable of torch.cuda.Stream or of raw handles (int).
+std::vector<Stream> to_streams(const py::object& streams, const Capabilities& device);
+Stream to_stream(const py::handle& stream);
+
+}  // namespace elastikv::bindings

@@ -1,0 +1,191 @@
+// The pools. Whatever can take a lock or call the driver runs without the GIL.
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.h"
+#include "torch/streams.h"
+
+namespace elastikv::bindings {
+namespace {
+
+using Pool = VirtualMemoryPool;
+using Gate = std::shared_ptr<ReleaseGate>;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+PoolOptions to_options(const py::object& page_size, const py::object& park_limit, Bytes granularity) {
+    PoolOptions options;
+    if (!page_size.is_none()) {
+        options.page_size = to_bytes(page_size, "page_size", "InvalidPageSize");
+        if (options.page_size == 0) throw InvalidPageSize(0, granularity);
+    }
+    if (!park_limit.is_none()) options.park_limit = to_bytes(park_limit, "park_limit");
+    return options;
+}
+
+AllocateOptions to_allocate_options(bool zero, const Capabilities& device) {
+    AllocateOptions options;
+    options.zero = zero;
+    options.stream = torch::current_stream(device);
+    return options;
+}
+
+// The last reference may go with the GIL held, and a pool's end waits for device work.
+template <typename T>
+std::shared_ptr<T> without_gil_at_end(T* object) {
+    return std::shared_ptr<T>(object, [](T* gone) {
+        if (PyGILState_Check() == 0) {
+            delete gone;
+            return;
+        }
+        const py::gil_scoped_release release;
+        delete gone;
+    });
+}
+
+std::shared_ptr<Pool> make_pool(const py::object& capacity, const py::object& page_size, const std::string& device,
+                                const py::object& park_limit) {
+    const Bytes bytes = to_bytes(capacity, "capacity");
+    const DriverPtr driver = driver_for(device);
+    const PoolOptions options = to_options(page_size, park_limit, driver->capabilities().granularity);
+    const py::gil_scoped_release release;
+    return without_gil_at_end(new Pool(bytes, driver, options));
+}
+
+Address pool_allocate(Pool& pool, const py::object& offset, const py::object& size, bool zero) {
+    const Bytes begin = to_offset(offset, size, pool.capacity());
+    const Bytes bytes = to_bytes(size, "size");
+    const AllocateOptions options = to_allocate_options(zero, pool.device());
+    const py::gil_scoped_release release;
+    return pool.allocate(begin, bytes, options);
+}
+
+void pool_deallocate(Pool& pool, const py::object& offset, const py::object& size, const py::object& streams,
+                     const Gate& gate) {
+    const Bytes begin = to_offset(offset, size, pool.capacity());
+    const Bytes bytes = to_bytes(size, "size");
+    const std::vector<Stream> handles = to_streams(streams, pool.device());
+    const py::gil_scoped_release release;
+    pool.deallocate(begin, bytes, handles, gate);
+}
+
+void pool_prefetch(Pool& pool, const py::object& offset, const py::object& size) {
+    const Bytes begin = to_offset(offset, size, pool.capacity());
+    const Bytes bytes = to_bytes(size, "size");
+    const py::gil_scoped_release release;
+    pool.prefetch(begin, bytes);
+}
+
+bool pool_is_mapped(const Pool& pool, const py::object& offset, const py::object& size) {
+    const py::int_ limit = py::int_(pool.capacity());
+    const bool outside = offset < py::int_(0) || size < py::int_(0) || offset > limit || size > limit;
+    if (outside) return false;
+    const Bytes begin = to_bytes(offset, "offset");
+    const Bytes bytes = to_bytes(size, "size");
+    const py::gil_scoped_release release;
+    return pool.is_mapped(begin, bytes);
+}
+
+std::shared_ptr<SharedMemoryPool> make_shared_pool(const py::object& physical_limit, const std::string& device,
+                                                   const py::object& page_size, const py::object& park_limit) {
+    const Bytes limit = to_bytes(physical_limit, "physical_limit");
+    const DriverPtr driver = driver_for(device);
+    const PoolOptions options = to_options(page_size, park_limit, driver->capabilities().granularity);
+    return without_gil_at_end(new SharedMemoryPool(limit, driver, options));
+}
+
+ModelPtr register_model(SharedMemoryPool& pool, const std::string& id, const py::object& virtual_capacity) {
+    const Bytes capacity = to_bytes(virtual_capacity, "virtual_capacity");
+    const py::gil_scoped_release release;
+    return pool.register_model(id, capacity);
+}
+
+Address allocate_for_model(SharedMemoryPool& pool, const std::string& id, const py::object& size, bool zero) {
+    const Bytes bytes = to_bytes(size, "size");
+    const AllocateOptions options = to_allocate_options(zero, pool.device());
+    const py::gil_scoped_release release;
+    return pool.allocate_for_model(id, bytes, options);
+}
+
+void deallocate_for_model(SharedMemoryPool& pool, const std::string& id, const py::object& offset,
+                          const py::object& size, const py::object& streams, const Gate& gate) {
+    const Bytes begin = to_offset(offset, size, pool.model(id)->pool().capacity());
+    const Bytes bytes = to_bytes(size, "size");
+    const std::vector<Stream> handles = to_streams(streams, pool.device());
+    const py::gil_scoped_release release;
+    pool.deallocate_for_model(id, begin, bytes, handles, gate);
+}
+
+template <typename T>
+void add_context_manager(py::class_<T, std::shared_ptr<T>>& type) {
+    type.def("close", &T::close, NoGil());
+    type.def("__enter__", [](const std::shared_ptr<T>& self) { return self; });
+    type.def("__exit__", [](T& self, const py::args&) {
+        const py::gil_scoped_release release;
+        self.close();
+    });
+}
+
+}  // namespace
+
+void bind_pools(py::module_& module) {
+    using py::arg;
+    const py::object none = py::none();
+
+    py::class_<ReleaseGate, Gate>(module, "ReleaseGate",
+                                  "Held by a scheduler that may still launch work on memory it has released: the memory "
+                                  "retires only once the gate is open and what was launched by then has finished.")
+        .def(py::init<>())
+        .def("open", &ReleaseGate::open)
+        .def_property_readonly("is_open", &ReleaseGate::is_open);
+
+    py::class_<Pool, std::shared_ptr<Pool>> pool(module, "VirtualMemoryPool");
+    pool.def(py::init(&make_pool), arg("capacity"), arg("page_size") = none, arg("device") = "cpu", py::kw_only(),
+             arg("park_limit") = none)
+        .def("allocate", &pool_allocate, arg("offset"), arg("size"), py::kw_only(), arg("zero") = false)
+        .def("deallocate", &pool_deallocate, arg("offset"), arg("size"), py::kw_only(), arg("streams") = none,
+             arg("gate") = none)
+        .def("prefetch", &pool_prefetch, arg("offset"), arg("size"))
+        .def("is_mapped", &pool_is_mapped, arg("offset"), arg("size"))
+        .def("compact", &Pool::compact, NoGil())
+        .def("trim", [](Pool& self) { return self.trim(); }, NoGil())
+        .def("drain", &Pool::drain, NoGil())
+        .def("stats", &Pool::stats, NoGil())
+        .def_property_readonly("physical_memory_usage", &Pool::physical_memory_usage)
+        .def_property_readonly("capacity", &Pool::capacity)
+        .def_property_readonly("base_address", &Pool::base_address)
+        .def_property_readonly("page_size", &Pool::page_size)
+        .def_property_readonly("device", [](const Pool& self) { return device_name(self.device()); });
+    add_context_manager(pool);
+
+    py::class_<Model, ModelPtr>(module, "Model")
+        .def_property_readonly("name", &Model::name)
+        .def_property_readonly("base_address", &Model::base_address)
+        .def_property_readonly("virtual_capacity", [](Model& self) { return self.pool().capacity(); })
+        .def_property_readonly("page_size", [](Model& self) { return self.pool().page_size(); })
+        .def_property_readonly("device", [](Model& self) { return device_name(self.pool().device()); })
+        .def_property_readonly("registered", &Model::registered)
+        .def("stats", &Model::stats, NoGil())
+        .def("trim", [](Model& self) { return self.pool().trim(); }, NoGil())
+        .def("compact", [](Model& self) { return self.pool().compact(); }, NoGil())
+        .def("drain", [](Model& self) { self.pool().drain(); }, NoGil())
+        .def("__repr__", [](const Model& self) { return "<elastikv.Model '" + self.name() + "'>"; });
+
+    py::class_<SharedMemoryPool, std::shared_ptr<SharedMemoryPool>> shared(module, "SharedMemoryPool");
+    shared
+        .def(py::init(&make_shared_pool), arg("physical_limit"), arg("device") = "cpu", py::kw_only(),
+             arg("page_size") = none, arg("park_limit") = none)
+        .def("register_model", &register_model, arg("id"), arg("virtual_capacity"))
+        .def("unregister_model", &SharedMemoryPool::unregister_model, arg("id"), NoGil())
+        .def("model", &SharedMemoryPool::model, arg("id"))
+        .def("models", &SharedMemoryPool::models)
+        .def("allocate_for_model", &allocate_for_model, arg("id"), arg("size"), py::kw_only(), arg("zero") = false)
+        .def("deallocate_for_model", &deallocate_for_model, arg("id"), arg("offset"), arg("size"), py::kw_only(),
+             arg("streams") = none, arg("gate") = none)
+        .def("get_model_stats", &SharedMemoryPool::get_model_stats, arg("id"), NoGil())
+        .def("global_stats", &SharedMemoryPool::global_stats, NoGil())
+        .def("trim", &SharedMemoryPool::trim, NoGil())
+        .def_property_readonly("page_size", &SharedMemoryPool::page_size)
+        .def_property_readonly("device", [](const SharedMemoryPool& self) { return device_name(self.device()); });
+    add_context_manager(shared);
+}
+
+}  // namespace elastikv::bindings

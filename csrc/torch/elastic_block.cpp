@@ -1,0 +1,101 @@
+#include "torch/elastic_block.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "torch/streams.h"
+
+namespace elastikv::torch {
+namespace {
+
+Bytes total_addresses(const RowLayout& layout) {
+    // The last row needs no padding behind it, but a region ends on a page anyway.
+    return layout.rows == 1 ? layout.max_length * layout.unit : layout.rows * layout.stride;
+}
+
+void free_block(void* context) { delete static_cast<ElasticBlock*>(context); }
+
+}  // namespace
+
+ElasticBlock::ElasticBlock(const ModelPtr& model, RowLayout layout, TensorGeometry geometry, bool scrub)
+    : region_(model->reserve(total_addresses(layout))), layout_(layout), geometry_(std::move(geometry)), scrub_(scrub) {}
+
+ElasticBlock::~ElasticBlock() { region_->set_final_streams(users()); }
+
+std::uint64_t ElasticBlock::length() const {
+    const std::lock_guard lock(mutex_);
+    return length_;
+}
+
+std::vector<Stream> ElasticBlock::users() const {
+    std::vector<Stream> streams = recorded_;
+    const Stream current = current_stream(model()->pool().device());
+    if (std::find(streams.begin(), streams.end(), current) == streams.end()) streams.push_back(current);
+    return streams;
+}
+
+void ElasticBlock::grow(std::uint64_t length, bool exact) {
+    const std::lock_guard lock(mutex_);
+    if (length <= length_) return;
+    const Bytes begin = length_ * layout_.unit;
+    const Bytes end = length * layout_.unit;
+    AllocateOptions options;
+    options.zero = scrub_;
+    options.stream = current_stream(model()->pool().device());
+    options.open_ended = !exact;
+    options.held = begin;
+    for (std::uint64_t row = 0; row < layout_.rows; ++row) {
+        options.grow_end = layout_.row_offset(row) + layout_.max_length * layout_.unit;
+        try {
+            region_->claim(layout_.row_offset(row) + begin, end - begin, options);
+        } catch (...) {
+            // Nobody has used it, so there is no stream to wait for, and this can't fail.
+            if (row > 0) region_->release(row_parts(row, begin, end), {});
+            throw;
+        }
+    }
+    length_ = length;
+}
+
+void ElasticBlock::shrink(std::uint64_t length) {
+    const std::lock_guard lock(mutex_);
+    if (length >= length_) return;
+    region_->release(row_parts(layout_.rows, length * layout_.unit, length_ * layout_.unit), users());
+    length_ = length;
+}
+
+std::vector<ByteRange> ElasticBlock::row_parts(std::uint64_t rows, Bytes begin, Bytes end) const {
+    std::vector<ByteRange> parts;
+    for (std::uint64_t row = 0; row < rows; ++row) {
+        parts.push_back({layout_.row_offset(row) + begin, layout_.row_offset(row) + end});
+    }
+    return parts;
+}
+
+void ElasticBlock::prefetch(std::uint64_t length) {
+    const std::lock_guard lock(mutex_);
+    if (length <= length_) return;
+    for (std::uint64_t row = 0; row < layout_.rows; ++row) {
+        region_->prefetch(layout_.row_offset(row) + length_ * layout_.unit, (length - length_) * layout_.unit);
+    }
+}
+
+void ElasticBlock::record_stream(Stream stream) {
+    const std::lock_guard lock(mutex_);
+    if (std::find(recorded_.begin(), recorded_.end(), stream) == recorded_.end()) recorded_.push_back(stream);
+}
+
+c10::DataPtr ElasticBlock::into_data_ptr(std::unique_ptr<ElasticBlock> block) {
+    auto* const address = reinterpret_cast<void*>(static_cast<std::uintptr_t>(block->address()));
+    const c10::Device device = torch_device(block->model()->pool().device());
+    return {address, block.release(), &free_block, device};
+}
+
+ElasticBlock* ElasticBlock::from(const c10::DataPtr& data) { return data.cast_context<ElasticBlock>(&free_block); }
+
+c10::Device torch_device(const Capabilities& device) {
+    if (device.kind == DeviceKind::host) return c10::Device(c10::DeviceType::CPU);
+    return {c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device.index)};
+}
+
+}  // namespace elastikv::torch

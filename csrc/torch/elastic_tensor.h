@@ -1,0 +1,37 @@
+// Tensors that grow and shrink in place.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "shared/model.h"
+#include "torch/elastic_block.h"
+
+namespace elastikv::torch {
+
+struct ElasticShape {
+    std::vector<std::int64_t> shape;
+    std::vector<std::int64_t> max_shape;
+    // The dimension that grows. Not set: the one in which the shapes differ, or the first if none does.
+    std::optional<std::int64_t> dim;
+};
+
+// A tensor on the model's device whose addresses are reserved for max_shape while only `shape` is resident. Strides are
+// those of max_shape, with every index of the dimensions before the growing one starting on a page. With `scrub`, bytes
+// that become resident read as zero; without, they may hold what the same model wrote there, never another's.
+// Throws InvalidArgument for shapes that don't fit each other, and the errors of ElasticBlock::grow.
+at::Tensor empty(const ModelPtr& model, const ElasticShape& shape, at::ScalarType dtype, bool scrub);
+
+// Changes the length of the growing dimension in place: same object, same address, same storage, values kept; views that
+// were taken before keep their own length. grow throws InvalidArgument beyond max_shape, below the present length, or for a
+// tensor that is not the elastic tensor itself; shrink throws it above the present length, or while other tensors share
+// the storage, as they may reach into what would be unmapped.
+void grow(const at::Tensor& tensor, std::int64_t length, bool exact);
+void shrink(const at::Tensor& tensor, std::int64_t length);
+
+// The block behind a tensor or a view of one, or null.
+ElasticBlock* block_of(const at::Tensor& tensor);
+
+}  // namespace elastikv::torch

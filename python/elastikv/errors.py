@@ -1,0 +1,109 @@
+"""What can go wrong. Every class derives from `VmmError` and from the built-in exception that fits.
+
+The message says what was asked, and what would be right; the attributes named below carry the numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = [
+    "AlreadyMapped",
+    "CudaError",
+    "DeviceUnavailable",
+    "InvalidAlignment",
+    "InvalidArgument",
+    "InvalidOffset",
+    "InvalidPageSize",
+    "InvalidSize",
+    "MappingFailed",
+    "ModelAlreadyExists",
+    "ModelNotFound",
+    "NotMapped",
+    "OutOfPhysicalMemory",
+    "OutOfVirtualMemory",
+    "PoolClosed",
+    "UnmappingFailed",
+    "VmmError",
+]
+
+
+class VmmError(RuntimeError):
+    """Base of all errors that elastikv raises."""
+
+
+class CudaError(VmmError):
+    """A driver call failed for a reason that no other class names. `code` is the driver's (a CUresult), 0 if it gave none."""
+
+    code: int = 0
+
+
+class DeviceUnavailable(VmmError):
+    """No driver, no such device, or a device without virtual memory management."""
+
+
+class OutOfVirtualMemory(VmmError, MemoryError):
+    """No addresses are left for a reservation of `requested` bytes."""
+
+    requested: int = 0
+
+
+class OutOfPhysicalMemory(VmmError, torch.OutOfMemoryError, MemoryError):
+    """`requested` bytes were lacking and `available` left, after everything reclaimable had been reclaimed."""
+
+    requested: int = 0
+    available: int = 0
+
+
+class InvalidOffset(VmmError, ValueError):
+    """[offset, offset + size) is not within the capacity."""
+
+    offset: int = 0
+    size: int = 0
+    capacity: int = 0
+
+
+class InvalidSize(VmmError, ValueError):
+    """A size of zero, below zero, or beyond 64 bits."""
+
+
+class InvalidAlignment(VmmError, ValueError):
+    """An address or offset that is not on the boundary that it needs."""
+
+
+class InvalidPageSize(VmmError, ValueError):
+    """Not a power of two, or not a multiple of the device's granularity."""
+
+
+class InvalidArgument(VmmError, ValueError):
+    """Any other value that can't be served; the message says what would be right."""
+
+
+class AlreadyMapped(VmmError, ValueError):
+    """Some of the range is allocated already."""
+
+
+class NotMapped(VmmError, ValueError):
+    """Some of the range is not allocated."""
+
+
+class MappingFailed(VmmError):
+    """The driver did not map memory or give access to it."""
+
+
+class UnmappingFailed(VmmError):
+    """The driver did not unmap memory."""
+
+
+class ModelNotFound(VmmError, KeyError):
+    """No model of that name is registered."""
+
+    __str__ = Exception.__str__  # KeyError's would put the message in quotes
+
+
+class ModelAlreadyExists(VmmError, ValueError):
+    """A model of that name is registered already."""
+
+
+class PoolClosed(VmmError):
+    """Used after `close()`, or in a process forked from the one that made the pool."""
