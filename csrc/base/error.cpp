@@ -33,7 +33,8 @@ std::string describe(Status status) {
     return text;
 }
 
-CudaError::CudaError(Status status_, const std::string& doing) : VmmError(doing + ": " + describe(status_)), status(status_) {}
+CudaError::CudaError(Status status_, const std::string& doing)
+    : VmmError(doing + ": " + describe(status_)), status(status_) {}
 
 MappingFailed::MappingFailed(Status status, ByteRange range)
     : VmmError("could not map " + format_range(range) + ": " + describe(status)) {}
@@ -58,8 +59,8 @@ InvalidOffset::InvalidOffset(Bytes offset_, Bytes size_, Bytes capacity_)
       capacity(capacity_) {}
 
 InvalidPageSize::InvalidPageSize(Bytes page_size, Bytes granularity)
-    : VmmError("page size " + std::to_string(page_size) + " must be a power of two and a multiple of the device's granularity, " +
-               format_bytes(granularity)) {}
+    : VmmError("page size " + std::to_string(page_size) +
+               " must be a power of two and a multiple of the device's granularity, " + format_bytes(granularity)) {}
 
 AlreadyMapped::AlreadyMapped(ByteRange wanted, ByteRange held)
     : VmmError(format_range(wanted) + " overlaps " + format_range(held) + ", which is allocated already") {}

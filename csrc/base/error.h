@@ -11,36 +11,36 @@
 namespace elastikv {
 
 class VmmError : public std::runtime_error {
-   public:
+  public:
     using std::runtime_error::runtime_error;
 };
 
 // A driver call failed for a reason that no other class names.
 class CudaError : public VmmError {
-   public:
+  public:
     CudaError(Status status, const std::string& doing);
     Status status;
 };
 
 class MappingFailed : public VmmError {
-   public:
+  public:
     MappingFailed(Status status, ByteRange range);
     explicit MappingFailed(const std::string& message) : VmmError(message) {}
 };
 
 class UnmappingFailed : public VmmError {
-   public:
+  public:
     UnmappingFailed(Status status, ByteRange range);
 };
 
 class OutOfVirtualMemory : public VmmError {
-   public:
+  public:
     OutOfVirtualMemory(Bytes requested, const std::string& why);
     Bytes requested;
 };
 
 class OutOfPhysicalMemory : public VmmError {
-   public:
+  public:
     // `who` says who holds what, and may be empty.
     OutOfPhysicalMemory(Bytes requested, Bytes available, const std::string& who);
     Bytes requested;
@@ -48,7 +48,7 @@ class OutOfPhysicalMemory : public VmmError {
 };
 
 class InvalidOffset : public VmmError {
-   public:
+  public:
     InvalidOffset(Bytes offset, Bytes size, Bytes capacity);
     Bytes offset;
     Bytes size;
@@ -56,54 +56,54 @@ class InvalidOffset : public VmmError {
 };
 
 class InvalidSize : public VmmError {
-   public:
+  public:
     using VmmError::VmmError;
 };
 
 class InvalidAlignment : public VmmError {
-   public:
+  public:
     using VmmError::VmmError;
 };
 
 class InvalidPageSize : public VmmError {
-   public:
+  public:
     InvalidPageSize(Bytes page_size, Bytes granularity);
 };
 
 class InvalidArgument : public VmmError {
-   public:
+  public:
     using VmmError::VmmError;
 };
 
 class AlreadyMapped : public VmmError {
-   public:
+  public:
     AlreadyMapped(ByteRange wanted, ByteRange held);
 };
 
 class NotMapped : public VmmError {
-   public:
+  public:
     NotMapped(ByteRange wanted, Bytes first_hole);
 };
 
 class ModelNotFound : public VmmError {
-   public:
+  public:
     ModelNotFound(const std::string& id, const std::string& hint);
 };
 
 class ModelAlreadyExists : public VmmError {
-   public:
+  public:
     explicit ModelAlreadyExists(const std::string& id);
 };
 
 // No driver, no such device, or a device that lacks what the pool needs.
 class DeviceUnavailable : public VmmError {
-   public:
+  public:
     using VmmError::VmmError;
 };
 
 // Used after close(), or in a process forked from the one that made the pool.
 class PoolClosed : public VmmError {
-   public:
+  public:
     using VmmError::VmmError;
 };
 

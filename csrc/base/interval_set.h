@@ -11,7 +11,7 @@ namespace elastikv {
 // Each operation costs O(log n) and, for those that change or visit intervals, the number of intervals they touch.
 // Not thread safe: the owner's lock guards it.
 class IntervalSet {
-   public:
+  public:
     // Adds every byte of `range`; bytes that are there already stay.
     void add(ByteRange range);
     // Removes every byte of `range`; bytes that are not there are ignored.
@@ -21,7 +21,8 @@ class IntervalSet {
     std::optional<ByteRange> first_overlap(ByteRange range) const;
     // The first byte of `range` that is not in the set, or range.end.
     Bytes first_gap(ByteRange range) const;
-    // The lowest place, at `from` or above and at a multiple of `unit`, where `size` bytes of the set lie in one interval.
+    // The lowest place, at `from` or above and at a multiple of `unit`, where `size` bytes of the set lie in one
+    // interval.
     std::optional<Bytes> find(Bytes size, Bytes unit, Bytes from = 0) const;
 
     // Calls visit(ByteRange) for each interval that overlaps `range`, clipped to it, in order.
@@ -36,7 +37,7 @@ class IntervalSet {
     Bytes total() const { return total_; }
     bool empty() const { return ends_.empty(); }
 
-   private:
+  private:
     using Map = std::map<Bytes, Bytes>;  // begin -> end
     Map::const_iterator first_at(Bytes offset) const;
 

@@ -54,14 +54,14 @@ struct [[nodiscard]] Status {
 // A value, or the status that says why there is none.
 template <typename T>
 class [[nodiscard]] Result {
-   public:
-    Result(T value) : value_(std::move(value)) {}      // NOLINT(google-explicit-constructor)
-    Result(Status status) : status_(status) {}         // NOLINT(google-explicit-constructor)
+  public:
+    Result(T value) : value_(std::move(value)) {}  // NOLINT(google-explicit-constructor)
+    Result(Status status) : status_(status) {}     // NOLINT(google-explicit-constructor)
     bool ok() const { return value_.has_value(); }
     Status status() const { return status_; }
     T& value() { return *value_; }
 
-   private:
+  private:
     std::optional<T> value_;
     Status status_;
 };

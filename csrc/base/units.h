@@ -33,7 +33,8 @@ struct ByteRange {
     friend constexpr bool operator==(const ByteRange&, const ByteRange&) = default;
 };
 
-// nullopt where offset + size does not fit 64 bits: a caller that adds first would wrap around and pass its bounds check.
+// nullopt where offset + size does not fit 64 bits: a caller that adds first would wrap around and pass its bounds
+// check.
 constexpr std::optional<ByteRange> range_of(Bytes offset, Bytes size) {
     if (size > std::numeric_limits<Bytes>::max() - offset) return std::nullopt;
     return ByteRange{offset, offset + size};

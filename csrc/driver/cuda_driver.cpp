@@ -108,13 +108,14 @@ CudaDriver::CudaDriver(int index) : born_in_(fork_generation()) {
     const Status made = in_context(DriverCall::synchronize, [&](const CudaSymbols& c) {
         return c.cuStreamCreate_(&service_, CU_STREAM_NON_BLOCKING);
     });
-    if (!made.ok()) throw DeviceUnavailable("cuda:" + std::to_string(index) + ": no stream could be made: " + describe(made));
+    if (!made.ok())
+        throw DeviceUnavailable("cuda:" + std::to_string(index) + ": no stream could be made: " + describe(made));
 }
 
 Status CudaDriver::memory_info(MemoryInfo& out) noexcept {
     size_t free = 0, total = 0;
-    const Status status = in_context(DriverCall::memory_info,
-                                     [&](const CudaSymbols& cu) { return cu.cuMemGetInfo_(&free, &total); });
+    const Status status =
+        in_context(DriverCall::memory_info, [&](const CudaSymbols& cu) { return cu.cuMemGetInfo_(&free, &total); });
     if (status.ok()) out = {free, total};
     return status;
 }
@@ -137,9 +138,8 @@ Status CudaDriver::free_addresses(Address address, Bytes size) noexcept {
 Status CudaDriver::create(Bytes size, ExtentHandle& out) noexcept {
     if (!is_unit(size)) return refuse(DriverCall::create);
     CUmemGenericAllocationHandle handle = 0;
-    const Status status = in_context(DriverCall::create, [&](const CudaSymbols& cu) {
-        return cu.cuMemCreate_(&handle, size, &properties_, 0);
-    });
+    const Status status = in_context(
+        DriverCall::create, [&](const CudaSymbols& cu) { return cu.cuMemCreate_(&handle, size, &properties_, 0); });
     if (status.ok()) out = {handle};
     return status;
 }

@@ -1,9 +1,9 @@
 // Virtual memory management on one NVIDIA GPU, through the driver API.
 //
-// Facts it relies on (NVIDIA's driver API reference, and measured on an H100 with driver 580): a handle is mapped whole,
-// at offset 0; no call waits for kernels; all are allowed while a stream captures. Every call runs in the device's primary
-// context, which it pushes and pops, and with the thread's capture mode relaxed, as a query of an event would else spoil
-// a capture under way in another thread.
+// Facts it relies on (NVIDIA's driver API reference, and measured on an H100 with driver 580): a handle is mapped
+// whole, at offset 0; no call waits for kernels; all are allowed while a stream captures. Every call runs in the
+// device's primary context, which it pushes and pops, and with the thread's capture mode relaxed, as a query of an
+// event would else spoil a capture under way in another thread.
 #pragma once
 
 #include <cuda.h>
@@ -17,7 +17,7 @@ namespace elastikv {
 
 // Thread safe: the driver's functions are, and the list of spare events has a mutex.
 class CudaDriver final : public VmmDriver {
-   public:
+  public:
     // Throws DeviceUnavailable where there is no such device or it lacks virtual memory management.
     explicit CudaDriver(int index);
 
@@ -40,9 +40,11 @@ class CudaDriver final : public VmmDriver {
     Status stream_wait(Stream stream, Fence fence) noexcept override;
     Status synchronize() noexcept override;
 
-   private:
+  private:
     bool is_unit(Bytes value) const { return value != 0 && value % capabilities_.granularity == 0; }
-    bool are_units(Address address, Bytes size) const { return is_unit(size) && address % capabilities_.granularity == 0; }
+    bool are_units(Address address, Bytes size) const {
+        return is_unit(size) && address % capabilities_.granularity == 0;
+    }
     template <typename Body>
     Status in_context(DriverCall call, Body body) noexcept;
 

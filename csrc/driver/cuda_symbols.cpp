@@ -14,10 +14,10 @@ CudaSymbols load() {
         table.problem = "libcuda.so.1 is not there: this machine has no NVIDIA driver";
         return table;
     }
-#define ELASTIKV_LOAD(name, symbol)                                                              \
-    table.name##_ = reinterpret_cast<decltype(table.name##_)>(dlsym(library, symbol));           \
-    if (table.name##_ == nullptr && table.problem.empty()) {                                     \
-        table.problem = std::string("the NVIDIA driver is too old: it lacks ") + symbol;         \
+#define ELASTIKV_LOAD(name, symbol)                                                      \
+    table.name##_ = reinterpret_cast<decltype(table.name##_)>(dlsym(library, symbol));   \
+    if (table.name##_ == nullptr && table.problem.empty()) {                             \
+        table.problem = std::string("the NVIDIA driver is too old: it lacks ") + symbol; \
     }
     ELASTIKV_CUDA_FUNCTIONS(ELASTIKV_LOAD)
 #undef ELASTIKV_LOAD

@@ -10,36 +10,36 @@ namespace elastikv {
 
 // One row a function: the name in cuda.h, and the symbol that the library exports for it (cuda.h maps some names to a
 // versioned symbol by macro, which dlsym does not see).
-#define ELASTIKV_CUDA_FUNCTIONS(X)                                          \
-    X(cuInit, "cuInit")                                                     \
-    X(cuDriverGetVersion, "cuDriverGetVersion")                             \
-    X(cuDeviceGet, "cuDeviceGet")                                           \
-    X(cuDeviceGetCount, "cuDeviceGetCount")                                 \
-    X(cuDeviceGetName, "cuDeviceGetName")                                   \
-    X(cuDeviceGetAttribute, "cuDeviceGetAttribute")                         \
-    X(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain")                 \
-    X(cuCtxPushCurrent, "cuCtxPushCurrent_v2")                              \
-    X(cuCtxPopCurrent, "cuCtxPopCurrent_v2")                                \
-    X(cuCtxSynchronize, "cuCtxSynchronize")                                 \
-    X(cuMemGetInfo, "cuMemGetInfo_v2")                                      \
-    X(cuMemGetAllocationGranularity, "cuMemGetAllocationGranularity")       \
-    X(cuMemAddressReserve, "cuMemAddressReserve")                           \
-    X(cuMemAddressFree, "cuMemAddressFree")                                 \
-    X(cuMemCreate, "cuMemCreate")                                           \
-    X(cuMemRelease, "cuMemRelease")                                         \
-    X(cuMemMap, "cuMemMap")                                                 \
-    X(cuMemSetAccess, "cuMemSetAccess")                                     \
-    X(cuMemUnmap, "cuMemUnmap")                                             \
-    X(cuMemsetD8Async, "cuMemsetD8Async")                                   \
-    X(cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2")                            \
-    X(cuStreamCreate, "cuStreamCreate")                                     \
-    X(cuStreamIsCapturing, "cuStreamIsCapturing")                           \
-    X(cuStreamWaitEvent, "cuStreamWaitEvent")                               \
+#define ELASTIKV_CUDA_FUNCTIONS(X)                                            \
+    X(cuInit, "cuInit")                                                       \
+    X(cuDriverGetVersion, "cuDriverGetVersion")                               \
+    X(cuDeviceGet, "cuDeviceGet")                                             \
+    X(cuDeviceGetCount, "cuDeviceGetCount")                                   \
+    X(cuDeviceGetName, "cuDeviceGetName")                                     \
+    X(cuDeviceGetAttribute, "cuDeviceGetAttribute")                           \
+    X(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain")                   \
+    X(cuCtxPushCurrent, "cuCtxPushCurrent_v2")                                \
+    X(cuCtxPopCurrent, "cuCtxPopCurrent_v2")                                  \
+    X(cuCtxSynchronize, "cuCtxSynchronize")                                   \
+    X(cuMemGetInfo, "cuMemGetInfo_v2")                                        \
+    X(cuMemGetAllocationGranularity, "cuMemGetAllocationGranularity")         \
+    X(cuMemAddressReserve, "cuMemAddressReserve")                             \
+    X(cuMemAddressFree, "cuMemAddressFree")                                   \
+    X(cuMemCreate, "cuMemCreate")                                             \
+    X(cuMemRelease, "cuMemRelease")                                           \
+    X(cuMemMap, "cuMemMap")                                                   \
+    X(cuMemSetAccess, "cuMemSetAccess")                                       \
+    X(cuMemUnmap, "cuMemUnmap")                                               \
+    X(cuMemsetD8Async, "cuMemsetD8Async")                                     \
+    X(cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2")                              \
+    X(cuStreamCreate, "cuStreamCreate")                                       \
+    X(cuStreamIsCapturing, "cuStreamIsCapturing")                             \
+    X(cuStreamWaitEvent, "cuStreamWaitEvent")                                 \
     X(cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode") \
-    X(cuEventCreate, "cuEventCreate")                                       \
-    X(cuEventDestroy, "cuEventDestroy_v2")                                  \
-    X(cuEventRecord, "cuEventRecord")                                       \
-    X(cuEventQuery, "cuEventQuery")                                         \
+    X(cuEventCreate, "cuEventCreate")                                         \
+    X(cuEventDestroy, "cuEventDestroy_v2")                                    \
+    X(cuEventRecord, "cuEventRecord")                                         \
+    X(cuEventQuery, "cuEventQuery")                                           \
     X(cuEventSynchronize, "cuEventSynchronize")
 
 struct CudaSymbols {

@@ -1,16 +1,29 @@
 // Which driver serves a device, by name. The CUDA half is in cuda_driver.cpp.
+#include <atomic>
 #include <charconv>
 
 #include "base/error.h"
+#include "driver/fork_guard.h"
 #include "driver/host_driver.h"
 #include "driver/vmm_driver.h"
 
 namespace elastikv {
 
 DriverPtr host_driver() {
-    // Leaked on purpose: tensors may be freed after every static object is gone.
-    static auto* const driver = new DriverPtr(std::make_shared<HostDriver>());
-    return *driver;
+    // One a process: a forked child gets its own, without a lock that another thread may have held at the fork. Leaked
+    // on purpose: tensors may be freed after every static object is gone.
+    struct Kept {
+        std::uint64_t generation;
+        DriverPtr driver;
+    };
+    static std::atomic<Kept*> kept{nullptr};
+    Kept* current = kept.load(std::memory_order_acquire);
+    while (current == nullptr || current->generation != fork_generation()) {
+        auto* const mine = new Kept{fork_generation(), std::make_shared<HostDriver>()};
+        if (kept.compare_exchange_strong(current, mine, std::memory_order_acq_rel)) return mine->driver;
+        delete mine;  // another thread was first
+    }
+    return current->driver;
 }
 
 DriverPtr driver_for(const std::string& device) {

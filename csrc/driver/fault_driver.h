@@ -11,15 +11,15 @@ namespace elastikv {
 
 // Thread safe.
 class FaultDriver final : public ForwardingDriver {
-   public:
+  public:
     explicit FaultDriver(DriverPtr inner);
 
-    // Fails the n-th call from now (1 is the next), of `call` or of any kind, with `code`; calls before and after it pass.
-    // A failed call does not reach the driver beneath.
-    void fail_nth(std::uint64_t n, std::optional<DriverCall> call = std::nullopt,
-                  StatusCode code = StatusCode::failed);
+    // Fails the n-th call from now (1 is the next), of `call` or of any kind, with `code`; calls before and after it
+    // pass. A failed call does not reach the driver beneath.
+    void fail_nth(std::uint64_t n, std::optional<DriverCall> call = std::nullopt, StatusCode code = StatusCode::failed);
     // From the n-th call on, every one fails.
-    void fail_from(std::uint64_t n, std::optional<DriverCall> call = std::nullopt, StatusCode code = StatusCode::failed);
+    void fail_from(std::uint64_t n, std::optional<DriverCall> call = std::nullopt,
+                   StatusCode code = StatusCode::failed);
     void heal();
     // True once an armed failure has struck.
     bool struck() const;
@@ -40,7 +40,7 @@ class FaultDriver final : public ForwardingDriver {
     // Fences that were recorded and not destroyed.
     std::size_t live_fences() const;
 
-   private:
+  private:
     Status forward(DriverCall call, Forwarded& go) noexcept override;
     bool strikes(DriverCall call, Status& status) noexcept;
 

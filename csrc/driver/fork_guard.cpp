@@ -4,6 +4,8 @@
 
 #include <atomic>
 
+#include "base/error.h"
+
 namespace elastikv {
 namespace {
 
@@ -16,5 +18,11 @@ std::atomic<std::uint64_t> generation{0};
 }  // namespace
 
 std::uint64_t fork_generation() noexcept { return generation.load(std::memory_order_relaxed); }
+
+void ProcessGuard::require_same_process() const {
+    if (!forked()) return;
+    throw PoolClosed(
+        "this pool belongs to the process that forked this one; make one here, or start processes by spawn");
+}
 
 }  // namespace elastikv

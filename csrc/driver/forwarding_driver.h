@@ -8,7 +8,7 @@
 namespace elastikv {
 
 class ForwardingDriver : public VmmDriver {
-   public:
+  public:
     explicit ForwardingDriver(DriverPtr inner) : inner_(std::move(inner)) {}
 
     const Capabilities& capabilities() const noexcept override { return inner_->capabilities(); }
@@ -63,20 +63,20 @@ class ForwardingDriver : public VmmDriver {
         return around(DriverCall::synchronize, [&] { return inner_->synchronize(); });
     }
 
-   protected:
+  protected:
     // A call on its way to the driver beneath: `go` makes it. Not called for the two accessors.
     class Forwarded {
-       public:
+      public:
         virtual Status operator()() noexcept = 0;
 
-       protected:
+      protected:
         ~Forwarded() = default;
     };
     virtual Status forward(DriverCall call, Forwarded& go) noexcept = 0;
 
     VmmDriver& inner() const noexcept { return *inner_; }
 
-   private:
+  private:
     template <typename Go>
     Status around(DriverCall call, Go go) noexcept {
         struct Held final : Forwarded {

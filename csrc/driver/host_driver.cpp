@@ -62,7 +62,8 @@ HostDriver::HostDriver() : born_in_(fork_generation()) {
     if (fd_ < 0 || ftruncate(fd_, static_cast<off_t>(file_length)) != 0) {
         const int error = errno;
         if (fd_ >= 0) close(fd_);
-        throw DeviceUnavailable(std::string("the host backend needs memfd_create, which failed: ") + std::strerror(error));
+        throw DeviceUnavailable(std::string("the host backend needs memfd_create, which failed: ") +
+                                std::strerror(error));
     }
     struct sysinfo info {};
     if (sysinfo(&info) == 0) total_memory_ = static_cast<Bytes>(info.totalram) * info.mem_unit;
@@ -79,8 +80,10 @@ HostDriver::~HostDriver() {
 }
 
 // Every call below answers `unavailable` in a forked child: the memory is the parent's, and so is the mutex's state.
-#define ELASTIKV_REFUSE_IN_CHILD(call) \
-    if (fork_generation() != born_in_) return {StatusCode::unavailable, call, 0}
+#define ELASTIKV_REFUSE_IN_CHILD(call)          \
+    if (fork_generation() != born_in_) return { \
+            StatusCode::unavailable, call, 0    \
+        }
 
 Status HostDriver::memory_info(MemoryInfo& out) noexcept {
     ELASTIKV_REFUSE_IN_CHILD(DriverCall::memory_info);
@@ -123,7 +126,8 @@ Status HostDriver::create(Bytes size, ExtentHandle& out) noexcept {
     ELASTIKV_REFUSE_IN_CHILD(DriverCall::create);
     if (!is_unit(size)) return refuse(DriverCall::create);
     const std::lock_guard lock(mutex_);
-    // Host memory is taken at first touch, when nothing can be refused any more: so what can't be there is refused here.
+    // Host memory is taken at first touch, when nothing can be refused any more: so what can't be there is refused
+    // here.
     if (size > total_memory_ || created_ > total_memory_ - size) {
         return {StatusCode::out_of_memory, DriverCall::create, 0};
     }

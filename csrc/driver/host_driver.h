@@ -1,8 +1,8 @@
 // Virtual memory management on the host: the same semantics as a GPU's, on real memory.
 //
-// One sparse memfd holds all physical memory; an extent is a range of the file. Mapping is mmap(MAP_FIXED) of that range,
-// unmapping lays PROT_NONE over it, so that a stray touch faults, and release punches a hole, so that the memory goes
-// back to the system. Memory becomes resident when it is first touched, as for any host memory.
+// One sparse memfd holds all physical memory; an extent is a range of the file. Mapping is mmap(MAP_FIXED) of that
+// range, unmapping lays PROT_NONE over it, so that a stray touch faults, and release punches a hole, so that the memory
+// goes back to the system. Memory becomes resident when it is first touched, as for any host memory.
 #pragma once
 
 #include <map>
@@ -16,7 +16,7 @@ namespace elastikv {
 
 // Thread safe by one mutex; zero and copy run outside it.
 class HostDriver final : public VmmDriver {
-   public:
+  public:
     // Throws DeviceUnavailable where memfd_create does not work.
     HostDriver();
     ~HostDriver() override;
@@ -47,7 +47,7 @@ class HostDriver final : public VmmDriver {
     std::size_t live_mappings() const;
     std::size_t live_reservations() const;
 
-   private:
+  private:
     struct Extent {
         Bytes file_offset = 0;
         Bytes size = 0;

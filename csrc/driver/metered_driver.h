@@ -17,7 +17,7 @@ using DriverCallTable = std::array<DriverCallStats, driver_call_kinds>;
 
 // Thread safe: counters are atomics, and a reader may see a call's count before its time.
 class MeteredDriver final : public ForwardingDriver {
-   public:
+  public:
     using ForwardingDriver::ForwardingDriver;
 
     DriverCallTable table() const noexcept;
@@ -25,7 +25,7 @@ class MeteredDriver final : public ForwardingDriver {
     Bytes abandoned() const noexcept { return abandoned_.load(std::memory_order_relaxed); }
     void abandon(Bytes bytes) noexcept { abandoned_.fetch_add(bytes, std::memory_order_relaxed); }
 
-   private:
+  private:
     Status forward(DriverCall call, Forwarded& go) noexcept override;
 
     struct Counter {

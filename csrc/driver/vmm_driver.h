@@ -5,7 +5,8 @@
 // - noexcept; the answer is a Status. Outputs are written only when it is ok, and a failed call has changed nothing.
 // - Sizes and addresses of reserve, create, map, set_access and unmap are multiples of the granularity and not 0.
 // - Thread safe. No call assumes or changes the calling thread's current device.
-// - No call waits for device work, except wait_fence and synchronize. Ordering against device work is the caller's duty.
+// - No call waits for device work, except wait_fence and synchronize. Ordering against device work is the caller's
+// duty.
 // - After the process has forked, calls in the child answer `unavailable` and leave the parent's memory alone.
 #pragma once
 
@@ -21,9 +22,9 @@ enum class DeviceKind : std::uint8_t { host, cuda };
 
 struct Capabilities {
     DeviceKind kind = DeviceKind::host;
-    int index = 0;             // device ordinal; 0 on the host
-    std::string name;          // as the vendor spells it
-    Bytes granularity = 0;     // the smallest physical unit and alignment of a mapping
+    int index = 0;               // device ordinal; 0 on the host
+    std::string name;            // as the vendor spells it
+    Bytes granularity = 0;       // the smallest physical unit and alignment of a mapping
     bool fresh_is_zero = false;  // created memory reads as zeros
     bool asynchronous = false;   // device work outlives the call that enqueued it: fences can be pending
     bool fd_export = false;      // physical memory can be handed to another process by file descriptor
@@ -40,7 +41,8 @@ struct ExtentHandle {
     std::uint64_t value = 0;
 };
 
-// A queue of device work: a CUstream on CUDA (0 is the device's legacy default stream). The host has one, which never lags.
+// A queue of device work: a CUstream on CUDA (0 is the device's legacy default stream). The host has one, which never
+// lags.
 struct Stream {
     std::uintptr_t value = 0;
     friend constexpr bool operator==(const Stream&, const Stream&) = default;
@@ -52,7 +54,7 @@ struct Fence {
 };
 
 class VmmDriver {
-   public:
+  public:
     virtual ~VmmDriver() = default;
 
     virtual const Capabilities& capabilities() const noexcept = 0;
@@ -85,7 +87,8 @@ class VmmDriver {
     virtual Status query_fence(Fence fence) noexcept = 0;
     virtual Status wait_fence(Fence fence) noexcept = 0;
     virtual Status destroy_fence(Fence fence) noexcept = 0;
-    // What is enqueued on `stream` from now on runs after the fence; the calling thread waits only if the stream is capturing.
+    // What is enqueued on `stream` from now on runs after the fence; the calling thread waits only if the stream is
+    // capturing.
     virtual Status stream_wait(Stream stream, Fence fence) noexcept = 0;
     // All work of the device that was enqueued so far has finished.
     virtual Status synchronize() noexcept = 0;

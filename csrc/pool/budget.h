@@ -1,15 +1,16 @@
 // Where a pool's physical bytes are charged. The pool knows nothing of who else draws on the same budget.
 #pragma once
 
-#include "base/units.h"
-
 #include <string>
+
+#include "base/units.h"
 
 namespace elastikv {
 
-// Thread safe. try_charge and refund are called under a pool's lock, so they take no lock that is held while calling a pool.
+// Thread safe. try_charge and refund are called under a pool's lock, so they take no lock that is held while calling a
+// pool.
 class Budget {
-   public:
+  public:
     virtual ~Budget() = default;
 
     // Charges `bytes` if they fit. Charged before the memory exists, so that the limit is never passed.
@@ -17,8 +18,8 @@ class Budget {
     virtual void refund(Bytes bytes) noexcept = 0;
     virtual Bytes available() const noexcept = 0;
 
-    // Called with no lock held, after a charge did not fit: gives parked memory back, from any pool of the budget, until
-    // `wanted` bytes are freed or nothing is left. With `wait`, first waits for device work on retiring memory.
+    // Called with no lock held, after a charge did not fit: gives parked memory back, from any pool of the budget,
+    // until `wanted` bytes are freed or nothing is left. With `wait`, first waits for device work on retiring memory.
     // Returns the bytes freed.
     virtual Bytes make_room(Bytes wanted, bool wait) = 0;
     // Who holds what, for the message of an OutOfPhysicalMemory.

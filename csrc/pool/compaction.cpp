@@ -6,11 +6,11 @@
 namespace elastikv {
 
 Bytes VirtualMemoryPool::compact() {
-    require_open();
     Bytes freed = reclaim(~Bytes{0}, true);
     // Moving a page that a kernel reads would be a fault, so the device finishes first.
     synchronize();
     const std::lock_guard lock(mutex_);
+    require_open();
     settle_passed();
     restore_access();
     std::vector<Bytes> partly_idle;
@@ -39,13 +39,8 @@ Bytes VirtualMemoryPool::try_retile(Bytes begin) {
     const Bytes used = old.used;
     std::vector<Extent> fresh;
     if (!try_copy_out(old, fresh) || !try_swap_in(old, fresh)) {
-        for (Extent& extent : fresh) {
-            // The place beneath is taken, so a refused extent can't be kept in the books: it stays charged, and its memory
-            // is counted as abandoned when it dies here.
-            if (extent.mapping->try_unmap().ok() && extent.mapping->extent().try_release().ok() && budget_) {
-                budget_->refund(extent.range.size());
-            }
-        }
+        // The place beneath is taken, so these can't be kept in the books as parked ones.
+        for (Extent& extent : fresh) (void)try_give_up(std::move(extent));
         if (!old.mapping->accessible()) {
             throw MappingFailed("compaction failed and the driver refused to put the pages at offset " +
                                 std::to_string(begin) + " back; they keep their content, and compact() tries again");
@@ -54,10 +49,7 @@ Bytes VirtualMemoryPool::try_retile(Bytes begin) {
     }
     Extent gone = table_.take(begin);
     for (Extent& extent : fresh) table_.insert(std::move(extent));
-    // One retry, as there is no place in the books for an extent without addresses.
-    PhysicalExtent& physical = gone.mapping->extent();
-    const bool released = physical.try_release().ok() || physical.try_release().ok();
-    if (released && budget_) budget_->refund(range.size());
+    const bool released = try_give_up(std::move(gone));
     note_peaks();
     return released ? range.size() - used : 0;
 }

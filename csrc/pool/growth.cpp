@@ -12,6 +12,8 @@ Bytes VirtualMemoryPool::try_allocate(ByteRange bytes, const AllocateOptions& op
     const ByteRange pages = table_.pages_of(bytes);
 
     std::vector<Extent> fresh;
+    std::vector<Extent*> scrubbed;
+    bool zeroed = false;
     try {
         for (const ByteRange& gap : table_.gaps(pages)) {
             const Bytes lacking = try_fill_gap(gap, options, fresh);
@@ -20,20 +22,28 @@ Bytes VirtualMemoryPool::try_allocate(ByteRange bytes, const AllocateOptions& op
                 return lacking;
             }
         }
-        bool zeroed = false;
         for (const Extent& extent : fresh) zeroed |= !extent.clean.empty() && !driver_->capabilities().fresh_is_zero;
-        prepare_kept_extents(bytes, options, zeroed);
         order_after_earlier_users(bytes, options.stream);
+        prepare_kept_extents(bytes, options, zeroed, scrubbed);
         if (zeroed && driver_->capabilities().asynchronous) {
             auto fence = RecordedFence::try_record(driver_, driver_->service_stream());
             if (!fence.ok()) throw CudaError(fence.status(), "recording the end of scrubbing");
             const Status ordered = fence.value()->try_order(options.stream);
             if (!ordered.ok()) throw CudaError(ordered, "ordering the stream after scrubbing");
             for (Extent& extent : fresh) extent.zeroing = fence.value();
+            for (Extent* extent : scrubbed) {
+                extent->zeroing = fence.value();
+                scrubbing_.emplace_back(extent->range.begin, extent->zeroing);
+            }
         }
     } catch (...) {
+        if (zeroed) wait_for_service_stream();  // or it would zero what is handed out next, or is unmapped
         undo(fresh);
         throw;
+    }
+    for (Extent* extent : scrubbed) {
+        if (extent->foreign) extent->clean = extent->range;
+        extent->foreign = false;
     }
     for (Extent& extent : fresh) {
         if (extent.zeroing) scrubbing_.emplace_back(extent.range.begin, extent.zeroing);
@@ -46,7 +56,8 @@ Bytes VirtualMemoryPool::try_allocate(ByteRange bytes, const AllocateOptions& op
 }
 
 Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh) {
-    // Mapping ahead is worth a try, but not worth anyone else's memory: where it does not fit, exactly the gap is taken.
+    // Mapping ahead is worth a try, but not worth anyone else's memory: where it does not fit, exactly the gap is
+    // taken.
     const Bytes far_end = open_ended_end(gap, options);
     for (const Bytes end : {far_end, gap.end}) {
         const ByteRange range{gap.begin, end};
@@ -64,14 +75,14 @@ Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& opti
 Bytes VirtualMemoryPool::open_ended_end(ByteRange gap, const AllocateOptions& options) const {
     if (!options.open_ended) return gap.end;
     const Bytes limit = std::min(align_down(std::max(options.grow_end, gap.end), page_size()), capacity());
-    const auto share = static_cast<Bytes>(static_cast<double>(options.held) * options_.growth_share);
-    const Bytes ahead = align_down(share, page_size());
-    if (ahead <= gap.size() || limit <= gap.end) return gap.end;
-    return table_.gap_end(gap.end, std::min(limit, gap.begin + ahead));
+    const double holds = static_cast<double>(options.held + gap.size());
+    const Bytes ahead = align_down(static_cast<Bytes>(holds * options_.growth_share), page_size());
+    if (ahead == 0 || limit <= gap.end) return gap.end;
+    return table_.gap_end(gap.end, ahead < limit - gap.end ? gap.end + ahead : limit);
 }
 
-// The bytes are charged already. After a failure they are refunded, or, where the driver would not take back what was made
-// so far, the extent is kept as a parked one and the charge with it.
+// The bytes are charged already. After a failure they are refunded, or, where the driver would not take back what was
+// made so far, the extent is kept as a parked one and the charge with it.
 Status VirtualMemoryPool::try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh) {
     auto physical = PhysicalExtent::try_create(driver_, range.size());
     if (!physical.ok()) {
@@ -99,7 +110,9 @@ Status VirtualMemoryPool::try_make_extent(ByteRange range, bool zero, std::vecto
 }
 
 // Idle pages that are taken up again: makes them accessible, orders scrubbing after their last users, and scrubs.
-void VirtualMemoryPool::prepare_kept_extents(ByteRange bytes, const AllocateOptions& options, bool& zeroed) {
+// `scrubbed` are those in which anything is zeroed; foreign ones are zeroed as a whole.
+void VirtualMemoryPool::prepare_kept_extents(ByteRange bytes, const AllocateOptions& options, bool& zeroed,
+                                             std::vector<Extent*>& scrubbed) {
     std::vector<ByteRange> dirty;
     table_.for_each_extent(table_.pages_of(bytes), [&](Extent& extent) {
         Status status = extent.mapping->try_map();
@@ -109,31 +122,27 @@ void VirtualMemoryPool::prepare_kept_extents(ByteRange bytes, const AllocateOpti
             const Status ordered = extent.zeroing->try_order(options.stream);
             if (!ordered.ok()) throw CudaError(ordered, "ordering the stream after scrubbing");
         }
+        const std::size_t found = dirty.size();
+        const auto add = [&](ByteRange part) {
+            if (!part.empty()) dirty.push_back(part);
+        };
         if (extent.foreign) {
-            dirty.push_back(extent.range);
+            add(extent.range);
         } else if (options.zero) {
             const ByteRange part = bytes.clipped_to(extent.range);
             const ByteRange clean = extent.clean.clipped_to(part);
-            if (clean.empty()) {
-                dirty.push_back(part);
-            } else {
-                dirty.push_back({part.begin, clean.begin});
-                dirty.push_back({clean.end, part.end});
-            }
+            add({part.begin, clean.empty() ? part.end : clean.begin});
+            if (!clean.empty()) add({clean.end, part.end});
         }
+        if (dirty.size() > found) scrubbed.push_back(&extent);
     });
-    std::erase_if(dirty, [](const ByteRange& part) { return part.empty(); });
     if (dirty.empty()) return;
     order_after_earlier_users(bytes, driver_->service_stream());
+    zeroed = true;
     for (const ByteRange& part : dirty) {
         const Status status = driver_->zero(base_address() + part.begin, part.size());
         if (!status.ok()) throw CudaError(status, "scrubbing");
     }
-    zeroed = true;
-    table_.for_each_extent(table_.pages_of(bytes), [](Extent& extent) {
-        if (extent.foreign) extent.clean = extent.range;
-        extent.foreign = false;
-    });
 }
 
 // Released memory may be taken up again before earlier work on it is done, as `stream` is made to wait for that work.
@@ -144,9 +153,10 @@ void VirtualMemoryPool::order_after_earlier_users(ByteRange bytes, Stream stream
         const bool same_stream = std::all_of(batch->unrecorded.begin(), batch->unrecorded.end(),
                                              [&](const Stream& s) { return s == stream; });
         if ((batch->gate && !batch->gate->is_open()) || !same_stream) {
-            throw InvalidArgument("memory in [" + std::to_string(bytes.begin) + ", " + std::to_string(bytes.end) +
-                                  ") was released while a stream captures a graph or its gate is closed; it can be taken "
-                                  "up again once that is over");
+            throw InvalidArgument(
+                "memory in [" + std::to_string(bytes.begin) + ", " + std::to_string(bytes.end) +
+                ") was released while a stream captures a graph or its gate is closed; it can be taken "
+                "up again once that is over");
         }
         for (const FencePtr& fence : batch->fences) {
             const Status ordered = fence->try_order(stream);
@@ -156,8 +166,9 @@ void VirtualMemoryPool::order_after_earlier_users(ByteRange bytes, Stream stream
 }
 
 void VirtualMemoryPool::undo(std::vector<Extent>& fresh) noexcept {
-    const bool scrubbed = std::any_of(fresh.begin(), fresh.end(), [](const Extent& extent) { return !extent.clean.empty(); });
-    if (scrubbed) wait_for_service_stream();
+    const bool scrubbed =
+        std::any_of(fresh.begin(), fresh.end(), [](const Extent& extent) { return !extent.clean.empty(); });
+    if (scrubbed && !driver_->capabilities().fresh_is_zero) wait_for_service_stream();
     for (Extent& extent : fresh) discard(std::move(extent));
     fresh.clear();
 }

@@ -10,18 +10,20 @@ namespace elastikv {
 
 struct PoolOptions {
     Bytes page_size = 0;  // 0: the device's granularity
-    // Freed extents up to this many bytes stay mapped for reuse; the oldest beyond it are given back. Not set: 256 MiB on
-    // CUDA, where mapping costs tens of microseconds a handle; 0 on the host, where it is cheap and others need the memory.
-    std::optional<Bytes> park_limit;
-    // Open-ended growth takes extents of this share of what the growing thing holds, so it overshoots by at most as much.
+    // Freed extents up to this many bytes stay mapped for reuse; the oldest beyond it are given back. Not set: 256 MiB
+    // on CUDA, where mapping costs tens of microseconds a handle; 0 on the host, where it is cheap and others need the
+    // memory.
+    std::optional<Bytes> park_limit = std::nullopt;
+    // Open-ended growth maps ahead by this share of what the growing thing then holds, so it overshoots by at most as
+    // much.
     double growth_share = 0.125;
     // New extents are zeroed, as the device may hand out what another owner wrote.
     bool scrub_fresh = false;
 };
 
 struct AllocateOptions {
-    bool zero = false;    // the bytes read as zeros to work on `stream`
-    Stream stream{};      // the first user; work it enqueues from now on runs after scrubbing and after earlier users
+    bool zero = false;  // the bytes read as zeros to work on `stream`
+    Stream stream{};    // the first user; work it enqueues from now on runs after scrubbing and after earlier users
     // Growth of unknown extent: may map ahead, up to the offset `grow_end`, by a share of the `held` bytes.
     bool open_ended = false;
     Bytes held = 0;
@@ -31,11 +33,11 @@ struct AllocateOptions {
 // Held by a scheduler that may still launch work on released memory. Fences are recorded only once it is open.
 // Thread safe. Opening is final.
 class ReleaseGate {
-   public:
+  public:
     void open() noexcept { open_.store(true, std::memory_order_release); }
     bool is_open() const noexcept { return open_.load(std::memory_order_acquire); }
 
-   private:
+  private:
     std::atomic<bool> open_{false};
 };
 

@@ -155,7 +155,7 @@ Extent* PageTable::find(Bytes begin) {
 
 void PageTable::claim(ByteRange bytes) {
     edit(bytes, [&] {
-        drop_retiring(bytes, 0);
+        drop_retiring(bytes, any_batch);
         live_.add(bytes);
     });
     for_each_extent(bytes, [&](Extent& extent) {
@@ -184,7 +184,7 @@ void PageTable::drop_retiring(ByteRange bytes, std::uint64_t batch) {
     while (it != retiring_.end() && it->first < bytes.end) {
         const ByteRange whole{it->first, it->second.end};
         const std::uint64_t owner = it->second.batch;
-        if ((batch != 0 && owner != batch) || !whole.overlaps(bytes)) {
+        if ((batch != any_batch && owner != batch) || !whole.overlaps(bytes)) {
             ++it;
             continue;
         }

@@ -1,4 +1,5 @@
-// Which extents lie where, which of their pages are used, and what that sums to. Bookkeeping only: no driver, no policy.
+// Which extents lie where, which of their pages are used, and what that sums to. Bookkeeping only: no driver, no
+// policy.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@ struct Extent {
     std::unique_ptr<Mapping> mapping;
     // The part that is known to read as zeros. One interval is enough: growth uses up an extent from its front.
     ByteRange clean;
-    FencePtr zeroing;    // scrubbing that may still run; null once it has passed
+    FencePtr zeroing;      // scrubbing that may still run; null once it has passed
     bool ahead = false;    // mapped before anyone asked, so the park limit does not apply
     bool foreign = false;  // may hold another owner's bytes: to be zeroed before any of it is handed out
     // Kept by PageTable:
@@ -28,6 +29,8 @@ struct Extent {
 
     bool idle() const { return used == 0 && retiring == 0; }
 };
+
+inline constexpr std::uint64_t any_batch = 0;  // real ones count from 1
 
 struct PageTotals {
     Bytes physical = 0;
@@ -40,7 +43,7 @@ struct PageTotals {
 // A page is used if any of its bytes is live; else retiring, if any of its bytes is; else idle.
 // Not thread safe: the pool's lock guards it. Operations cost O(log n) and the extents and allocations they touch.
 class PageTable {
-   public:
+  public:
     explicit PageTable(Bytes page_size) : page_size_(page_size) {}
 
     ByteRange pages_of(ByteRange bytes) const { return align_outward(bytes, page_size_); }
@@ -61,7 +64,7 @@ class PageTable {
     void claim(ByteRange bytes);
     // Live bytes become retiring, under the batch that will settle them.
     void release(ByteRange bytes, std::uint64_t batch);
-    // What is still retiring under `batch` within `bytes` becomes idle.
+    // What is still retiring under `batch` (or any_batch) within `bytes` becomes idle.
     void settle(ByteRange bytes, std::uint64_t batch);
 
     // Batches that have retiring bytes in `bytes`, each once.
@@ -81,7 +84,7 @@ class PageTable {
     // Recounts everything from scratch and compares; for tests. Returns what disagrees, empty if nothing does.
     std::string check() const;
 
-   private:
+  private:
     struct RetiringRun {
         Bytes end;
         std::uint64_t batch;
@@ -104,7 +107,7 @@ class PageTable {
     // The run that holds `offset`, or the first one behind it.
     RetiringRuns::iterator first_retiring(Bytes offset);
     RetiringRuns::const_iterator first_retiring(Bytes offset) const;
-    // Removes retiring bytes of `bytes` (of one batch, or of any where batch is 0).
+    // Removes retiring bytes of `bytes`, of one batch or of any_batch.
     void drop_retiring(ByteRange bytes, std::uint64_t batch);
 
     Bytes page_size_;

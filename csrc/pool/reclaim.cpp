@@ -11,6 +11,7 @@ void VirtualMemoryPool::retire(std::vector<ByteRange> parts, std::span<const Str
     auto prepared = retiring_.try_prepare(std::move(parts), streams, std::move(gate));
     if (!prepared.ok()) throw CudaError(prepared.status(), "recording a fence for released memory");
     RetireBatch batch = std::move(prepared.value());
+    retiring_.inherit(batch);
     for (const ByteRange& part : batch.parts) {
         table_.for_each_extent(part, [&](const Extent& extent) {
             if (extent.zeroing) batch.fences.push_back(extent.zeroing);
@@ -44,9 +45,7 @@ void VirtualMemoryPool::settle_passed() {
     }
 }
 
-bool VirtualMemoryPool::over_park_limit() const {
-    return table_.totals().parked - table_.totals().ahead > park_limit_;
-}
+bool VirtualMemoryPool::over_park_limit() const { return table_.totals().parked - table_.totals().ahead > park_limit_; }
 
 Bytes VirtualMemoryPool::give_back_parked(Bytes wanted) {
     Bytes freed = 0;
@@ -88,6 +87,21 @@ Bytes VirtualMemoryPool::try_give_back(Extent& extent) noexcept {
     return size;
 }
 
+// For an extent that has no place in the books any more. What the driver refuses twice is never tried again and stays
+// charged, as it is still there.
+bool VirtualMemoryPool::try_give_up(Extent extent) noexcept {
+    Mapping& mapping = *extent.mapping;
+    PhysicalExtent& physical = mapping.extent();
+    const bool unmapped = mapping.try_unmap().ok() || mapping.try_unmap().ok();
+    const bool released = unmapped && (physical.try_release().ok() || physical.try_release().ok());
+    if (!released) {
+        physical.abandon();
+    } else if (budget_) {
+        budget_->refund(extent.range.size());
+    }
+    return released;
+}
+
 // For an extent that is not in the books: gives it back, or puts it there as a parked one if the driver refuses.
 void VirtualMemoryPool::discard(Extent extent) noexcept {
     extent.clean = {};
@@ -106,13 +120,16 @@ void VirtualMemoryPool::discard(Extent extent) noexcept {
 Bytes VirtualMemoryPool::trim(Bytes wanted) { return reclaim(wanted, false); }
 
 Bytes VirtualMemoryPool::reclaim(Bytes wanted, bool wait) {
-    require_open();
+    process_.require_same_process();
     std::unique_lock lock(mutex_);
+    require_open();
     if (wait) {
-        const std::vector<FencePtr> fences = retiring_.pending_fences();
+        std::vector<FencePtr> fences = retiring_.pending_fences();
+        for (const auto& [begin, fence] : scrubbing_) fences.push_back(fence);
         lock.unlock();
         for (const FencePtr& fence : fences) (void)fence->try_wait();
         lock.lock();
+        require_open();
     }
     const Bytes before = table_.totals().physical;
     settle_passed();
@@ -121,9 +138,10 @@ Bytes VirtualMemoryPool::reclaim(Bytes wanted, bool wait) {
 }
 
 void VirtualMemoryPool::drain() {
-    require_open();
+    process_.require_same_process();
     std::unique_lock lock(mutex_);
-    prefetched_.wait(lock, [this] { return closed_ || (prefetches_.empty() && !prefetching_); });
+    require_open();
+    prefetched_.wait(lock, [this] { return closed_ || prefetches_.empty(); });
     for (;;) {
         settle_passed();
         const std::vector<FencePtr> fences = retiring_.pending_fences();
@@ -135,8 +153,16 @@ void VirtualMemoryPool::drain() {
     give_back_excess();
 }
 
+void VirtualMemoryPool::stop_parking() {
+    process_.require_same_process();
+    const std::lock_guard lock(mutex_);
+    park_limit_ = 0;
+    settle_passed();
+    if (!closed_) give_back_excess();
+}
+
 void VirtualMemoryPool::synchronize() {
-    require_open();
+    process_.require_same_process();
     if (!driver_->capabilities().asynchronous) return;
     const Status status = driver_->synchronize();
     if (!status.ok()) throw CudaError(status, "waiting for the device");
@@ -196,7 +222,10 @@ void VirtualMemoryPool::run_prefetch(ByteRange pages) {
 void VirtualMemoryPool::release_everything() noexcept {
     {
         const std::lock_guard lock(mutex_);
-        if (closed_) return;
+        if (closed_) {
+            give_back_parked(capacity());
+            return;
+        }
         closed_ = true;
         prefetches_.clear();
         prefetched_.notify_all();
@@ -207,18 +236,18 @@ void VirtualMemoryPool::release_everything() noexcept {
     settle_passed();
     std::vector<FencePtr> fences = retiring_.pending_fences();
     for (const auto& [begin, fence] : scrubbing_) fences.push_back(fence);
-    const bool live = !table_.live().empty();
+    // Work on memory that was never released has no fence of its own, nor has that on streams that still capture.
+    bool unfenced = !table_.live().empty() || retiring_.has_unrecorded();
     lock.unlock();
-    for (const FencePtr& fence : fences) (void)fence->try_wait();
-    // Work on memory that was never released has no fence of its own.
-    if (live && driver_->capabilities().asynchronous) (void)driver_->synchronize();
+    for (const FencePtr& fence : fences) unfenced |= !fence->try_wait().ok();
+    if (unfenced && driver_->capabilities().asynchronous) (void)driver_->synchronize();
     lock.lock();
     settle_passed();
     std::vector<ByteRange> parts;
     table_.live().for_each({0, capacity()}, [&](ByteRange part) { parts.push_back(part); });
-    constexpr std::uint64_t last_batch = ~std::uint64_t{0};
-    for (const ByteRange& part : parts) table_.release(part, last_batch);
-    for (const ByteRange& part : parts) table_.settle(part, last_batch);
+    for (const ByteRange& part : parts) table_.release(part, any_batch);
+    table_.settle({0, capacity()}, any_batch);
+    retiring_.clear();
     give_back_parked(capacity());
 }
 

@@ -4,6 +4,17 @@
 #include <utility>
 
 namespace elastikv {
+namespace {
+
+// Each once: what is taken up and released over and over would else double its fences every time.
+template <typename T>
+void add_missing(std::vector<T>& to, const std::vector<T>& from) {
+    for (const T& value : from) {
+        if (std::find(to.begin(), to.end(), value) == to.end()) to.push_back(value);
+    }
+}
+
+}  // namespace
 
 Result<RetireBatch> RetireQueue::try_prepare(std::vector<ByteRange> parts, std::span<const Stream> streams,
                                              std::shared_ptr<ReleaseGate> gate) {
@@ -28,6 +39,18 @@ Result<RetireBatch> RetireQueue::try_prepare(std::vector<ByteRange> parts, std::
         }
     }
     return batch;
+}
+
+void RetireQueue::inherit(RetireBatch& batch) const {
+    for (const RetireBatch& earlier : batches_) {
+        const bool shares = std::any_of(batch.parts.begin(), batch.parts.end(), [&](const ByteRange& part) {
+            return std::any_of(earlier.parts.begin(), earlier.parts.end(),
+                               [&](const ByteRange& other) { return part.overlaps(other); });
+        });
+        if (!shares) continue;
+        add_missing(batch.fences, earlier.fences);
+        add_missing(batch.unrecorded, earlier.unrecorded);
+    }
 }
 
 void RetireQueue::push(RetireBatch batch) { batches_.push_back(std::move(batch)); }
@@ -77,8 +100,8 @@ std::vector<FencePtr> RetireQueue::pending_fences() const {
     return fences;
 }
 
-bool RetireQueue::can_progress() const {
-    return std::any_of(batches_.begin(), batches_.end(), [](const RetireBatch& batch) { return batch.recorded(); });
+bool RetireQueue::has_unrecorded() const {
+    return std::any_of(batches_.begin(), batches_.end(), [](const RetireBatch& batch) { return !batch.recorded(); });
 }
 
 void RetireQueue::ignore_gates() {

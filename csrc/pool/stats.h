@@ -8,7 +8,7 @@ namespace elastikv {
 // Bytes, unless it says otherwise. physical_usage = used + retiring + parked + stranded, at any moment.
 struct MemoryStats {
     Bytes virtual_capacity = 0;
-    Bytes physical_usage = 0;       // bytes of live extents; what the budget is charged
+    Bytes physical_usage = 0;        // bytes of live extents; what the budget is charged
     std::uint64_t mapped_pages = 0;  // physical_usage / page_size
     // The share of physical bytes that no live allocation uses, 0 to 1; 0 where nothing is mapped.
     double fragmentation_ratio = 0;
@@ -24,8 +24,8 @@ struct MemoryStats {
     Bytes peak_used = 0;
     std::uint64_t prefetches_done = 0;
     std::uint64_t prefetches_dropped = 0;  // memory was short, or the driver refused
-    std::uint64_t reclaims_refused = 0;    // the driver would not take an extent back; it stays parked and is tried again
-    Bytes abandoned = 0;                   // what was lost to such refusals when its owner died
+    std::uint64_t reclaims_refused = 0;  // the driver would not take an extent back; it stays parked and is tried again
+    Bytes abandoned = 0;                 // what was lost to such refusals when its owner died
     DriverCallTable driver_calls{};
 };
 

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "driver/fork_guard.h"
-
 namespace elastikv {
 namespace {
 
@@ -21,22 +19,26 @@ std::shared_ptr<AddressRange> reserve(const MeteredDriverPtr& driver, Bytes capa
     const auto rounded = align_up(capacity, page_size);
     if (!rounded) throw OutOfVirtualMemory(capacity, "which does not fit 64 bits once rounded up to pages");
     auto range = AddressRange::try_reserve(driver, *rounded, page_size);
+    if (range.status().code == StatusCode::unavailable) {
+        throw DeviceUnavailable(device_name(driver->capabilities()) +
+                                " can't be used in a forked process, or has shut down; start processes by spawn");
+    }
     if (!range.ok()) throw OutOfVirtualMemory(*rounded, describe(range.status()));
     return std::move(range.value());
 }
 
 }  // namespace
 
-VirtualMemoryPool::VirtualMemoryPool(Bytes capacity, DriverPtr driver, PoolOptions options, std::shared_ptr<Budget> budget)
+VirtualMemoryPool::VirtualMemoryPool(Bytes capacity, DriverPtr driver, PoolOptions options,
+                                     std::shared_ptr<Budget> budget)
     : driver_(std::make_shared<MeteredDriver>(std::move(driver))),
       options_(options),
-      park_limit_(options.park_limit.value_or(
-          driver_->capabilities().kind == DeviceKind::cuda ? default_cuda_park_limit : Bytes{0})),
       budget_(std::move(budget)),
-      born_in_(fork_generation()),
       range_(reserve(driver_, capacity, checked_page_size(options.page_size, driver_->capabilities().granularity))),
       table_(checked_page_size(options.page_size, driver_->capabilities().granularity)),
       retiring_(driver_),
+      park_limit_(options.park_limit.value_or(driver_->capabilities().kind == DeviceKind::cuda ? default_cuda_park_limit
+                                                                                               : Bytes{0})),
       worker_([this] { return work_step(); }) {
     if (!(options.growth_share >= 0.0 && options.growth_share <= 1.0)) {
         throw InvalidArgument("growth_share must be between 0 and 1, not " + std::to_string(options.growth_share));
@@ -44,23 +46,22 @@ VirtualMemoryPool::VirtualMemoryPool(Bytes capacity, DriverPtr driver, PoolOptio
 }
 
 VirtualMemoryPool::~VirtualMemoryPool() {
-    if (fork_generation() != born_in_) {
+    if (process_.forked()) {
         worker_.abandon();  // a child has neither the thread nor a right to the parent's memory
         return;
     }
     release_everything();
+    std::vector<Bytes> refused;
+    table_.for_each_extent({0, capacity()}, [&](const Extent& extent) { refused.push_back(extent.range.begin); });
+    for (const Bytes begin : refused) (void)try_give_up(table_.take(begin));
 }
 
 void VirtualMemoryPool::close() {
-    if (fork_generation() != born_in_) require_open();
+    process_.require_same_process();
     release_everything();
 }
 
 void VirtualMemoryPool::require_open() const {
-    if (fork_generation() != born_in_) {
-        throw PoolClosed("this pool belongs to the process that forked this one; make one here, or start processes by spawn");
-    }
-    const std::lock_guard lock(mutex_);
     if (closed_) throw PoolClosed("the pool is closed");
 }
 
@@ -72,13 +73,15 @@ ByteRange VirtualMemoryPool::checked_range(Bytes offset, Bytes size) const {
 }
 
 Address VirtualMemoryPool::allocate(Bytes offset, Bytes size, const AllocateOptions& options) {
-    require_open();
+    process_.require_same_process();
     const ByteRange bytes = checked_range(offset, size);
-    // Reclaiming takes other pools' locks and may wait for the device, so it happens between attempts, without our lock.
+    // Reclaiming takes other pools' locks and may wait for the device, so it happens between attempts, without our
+    // lock.
     for (bool waited = false;;) {
         Bytes lacking = 0;
         {
             const std::lock_guard lock(mutex_);
+            require_open();
             lacking = try_allocate(bytes, options);
         }
         if (lacking == 0) return base_address() + offset;
@@ -87,8 +90,10 @@ Address VirtualMemoryPool::allocate(Bytes offset, Bytes size, const AllocateOpti
         };
         if (make_room(false) > 0) continue;
         if (!waited) {
+            // Tried again whatever that freed: the worker or another thread may have given memory back meanwhile.
             waited = true;
-            if (make_room(true) > 0) continue;
+            make_room(true);
+            continue;
         }
         MemoryInfo device;
         (void)driver_->memory_info(device);
@@ -104,8 +109,9 @@ void VirtualMemoryPool::deallocate(Bytes offset, Bytes size, std::span<const Str
 
 void VirtualMemoryPool::deallocate_all(std::vector<ByteRange> parts, std::span<const Stream> streams,
                                        std::shared_ptr<ReleaseGate> gate) {
-    require_open();
+    process_.require_same_process();
     const std::lock_guard lock(mutex_);
+    require_open();
     for (const ByteRange& part : parts) {
         checked_range(part.begin, part.size());
         const Bytes gap = table_.live().first_gap(part);
@@ -115,9 +121,10 @@ void VirtualMemoryPool::deallocate_all(std::vector<ByteRange> parts, std::span<c
 }
 
 Bytes VirtualMemoryPool::deallocate_within(Bytes offset, Bytes size, std::span<const Stream> streams) {
-    require_open();
+    process_.require_same_process();
     const ByteRange bytes = checked_range(offset, size);
     const std::lock_guard lock(mutex_);
+    require_open();
     std::vector<ByteRange> parts;
     table_.live().for_each(bytes, [&](ByteRange part) { parts.push_back(part); });
     Bytes freed = 0;
@@ -127,9 +134,10 @@ Bytes VirtualMemoryPool::deallocate_within(Bytes offset, Bytes size, std::span<c
 }
 
 void VirtualMemoryPool::prefetch(Bytes offset, Bytes size) {
-    require_open();
+    process_.require_same_process();
     const ByteRange bytes = checked_range(offset, size);
     const std::lock_guard lock(mutex_);
+    require_open();
     if (table_.gaps(table_.pages_of(bytes)).empty()) return;
     prefetches_.push_back(table_.pages_of(bytes));
     if (!worker_.wake()) {
@@ -139,17 +147,19 @@ void VirtualMemoryPool::prefetch(Bytes offset, Bytes size) {
 }
 
 bool VirtualMemoryPool::is_mapped(Bytes offset, Bytes size) const {
-    require_open();
+    process_.require_same_process();
     const auto range = range_of(offset, size);
     if (!range || range->empty() || range->end > capacity()) return false;
     const std::lock_guard lock(mutex_);
+    require_open();
     return table_.is_used(*range);
 }
 
 std::optional<Bytes> VirtualMemoryPool::blocked_until(Bytes offset, Bytes size) const {
-    require_open();
+    process_.require_same_process();
     const ByteRange bytes = checked_range(offset, size);
     const std::lock_guard lock(mutex_);
+    require_open();
     std::optional<Bytes> end;
     for (const std::uint64_t id : table_.batches_in(bytes)) {
         const RetireBatch* const batch = retiring_.find(id);
@@ -162,11 +172,13 @@ std::optional<Bytes> VirtualMemoryPool::blocked_until(Bytes offset, Bytes size) 
 }
 
 Bytes VirtualMemoryPool::physical_memory_usage() const {
+    process_.require_same_process();
     const std::lock_guard lock(mutex_);
     return table_.totals().physical;
 }
 
 MemoryStats VirtualMemoryPool::stats() const {
+    process_.require_same_process();
     const std::lock_guard lock(mutex_);
     const PageTotals& totals = table_.totals();
     MemoryStats stats;
@@ -194,6 +206,7 @@ MemoryStats VirtualMemoryPool::stats() const {
 }
 
 std::string VirtualMemoryPool::check() const {
+    process_.require_same_process();
     const std::lock_guard lock(mutex_);
     return table_.check();
 }

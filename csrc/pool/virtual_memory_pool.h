@@ -1,8 +1,8 @@
 // A range of addresses under which physical memory comes and goes.
 //
 // The addresses of the whole capacity are reserved once; base + offset never changes. allocate() maps what is missing
-// beneath a part of it, deallocate() gives it back once device work that may touch it has finished. Allocations are exact
-// to the byte: two may share a page, and the page stays until the last of them is freed.
+// beneath a part of it, deallocate() gives it back once device work that may touch it has finished. Allocations are
+// exact to the byte: two may share a page, and the page stays until the last of them is freed.
 //
 // Physical memory comes in extents, one driver handle each, because the driver's cost goes by the handle and not by the
 // byte: a request of known size takes one, open-ended growth takes extents of a share of what it holds. An extent is
@@ -19,6 +19,7 @@
 #include <span>
 
 #include "base/error.h"
+#include "driver/fork_guard.h"
 #include "pool/budget.h"
 #include "pool/options.h"
 #include "pool/page_table.h"
@@ -30,24 +31,29 @@ namespace elastikv {
 
 inline constexpr std::array<Stream, 1> default_stream{};
 
-// Thread safe: one mutex guards all state. It is held during driver calls, none of which waits for device work, and never
-// while waiting for a fence, calling the budget's make_room, or joining the worker. Lock order: SharedMemoryPool, Model,
-// this, driver; two pools' locks are never held together.
+// Thread safe: one mutex guards all state. It is held during driver calls, which do not wait for device work, and never
+// while calling the budget's make_room or joining the worker. What waits for the device waits without it, but for three
+// rare ones: compact() for its own copies, an undo for scrubbing that it is about to unmap, and a release on a stream
+// that is gone. Lock order: SharedMemoryPool, Model, this, driver; two pools' locks are never held together.
 class VirtualMemoryPool {
-   public:
-    // Reserves `capacity` bytes of addresses, rounded up to pages; no physical memory. `budget` may be null: then only the
-    // device limits physical memory. Throws InvalidSize, InvalidPageSize, OutOfVirtualMemory.
-    VirtualMemoryPool(Bytes capacity, DriverPtr driver, PoolOptions options = {}, std::shared_ptr<Budget> budget = nullptr);
-    // Waits for device work on retiring memory and gives everything back. Never throws; what the driver refuses is counted.
+  public:
+    // Reserves `capacity` bytes of addresses, rounded up to pages; no physical memory. `budget` may be null: then only
+    // the device limits physical memory. Throws InvalidSize, InvalidPageSize, OutOfVirtualMemory.
+    VirtualMemoryPool(Bytes capacity, DriverPtr driver, PoolOptions options = {},
+                      std::shared_ptr<Budget> budget = nullptr);
+    // Waits for device work on retiring memory and gives everything back. Never throws; what the driver refuses is
+    // counted.
     ~VirtualMemoryPool();
     VirtualMemoryPool(const VirtualMemoryPool&) = delete;
     VirtualMemoryPool& operator=(const VirtualMemoryPool&) = delete;
 
     // Makes [offset, offset + size) resident and returns its address.
-    // Throws InvalidSize (0), InvalidOffset, AlreadyMapped, OutOfPhysicalMemory, MappingFailed, CudaError, PoolClosed.
+    // Throws InvalidSize (0), InvalidOffset, AlreadyMapped, OutOfPhysicalMemory, MappingFailed, CudaError, PoolClosed,
+    // and InvalidArgument for memory whose release waits for a gate or a capture: see blocked_until().
     Address allocate(Bytes offset, Bytes size, const AllocateOptions& options = {});
-    // Frees all of it; it must be wholly allocated. `streams` are those whose work may still touch it; their handles must be
-    // alive. With a gate, fences are recorded only once it is open. Throws InvalidSize, InvalidOffset, NotMapped, CudaError.
+    // Frees all of it; it must be wholly allocated. `streams` are those whose work may still touch it; their handles
+    // must be alive. With a gate, fences are recorded only once it is open. Throws InvalidSize, InvalidOffset,
+    // NotMapped, CudaError.
     void deallocate(Bytes offset, Bytes size, std::span<const Stream> streams = default_stream,
                     std::shared_ptr<ReleaseGate> gate = nullptr);
     // The same for several disjoint parts, all or none of them.
@@ -55,8 +61,8 @@ class VirtualMemoryPool {
                         std::shared_ptr<ReleaseGate> gate = nullptr);
     // Frees whatever is allocated within the range, which may be nothing. Returns the bytes freed.
     Bytes deallocate_within(Bytes offset, Bytes size, std::span<const Stream> streams = default_stream);
-    // Maps the pages of the range on the worker's thread, so that a later allocate() needs no driver call. A hint: it is
-    // dropped when memory is short. Throws InvalidSize, InvalidOffset.
+    // Maps the pages of the range on the worker's thread, so that a later allocate() needs no driver call. A hint: it
+    // is dropped when memory is short. Throws InvalidSize, InvalidOffset.
     void prefetch(Bytes offset, Bytes size);
 
     // Whether every page of the range is allocated. False for ranges that are empty or outside.
@@ -64,18 +70,22 @@ class VirtualMemoryPool {
 
     // Gives parked memory back at once, at least `wanted` bytes if there are as many. Returns the bytes freed.
     Bytes trim(Bytes wanted = ~Bytes{0});
-    // As trim, after device work on retiring memory has finished.
+    // As trim, after device work on retiring memory, and scrubbing, have finished.
     Bytes reclaim(Bytes wanted, bool wait);
-    // Gives back parked extents, then re-tiles extents that are partly idle: their live pages move to extents of their own
-    // size beneath the same addresses. Waits for the device; no work may be enqueued on the pool's memory meanwhile. Needs
-    // room in the budget for the copy of one extent. Returns the bytes freed. Extents that can't be moved stay as they are.
+    // Gives back parked extents, then re-tiles extents that are partly idle: their live pages move to extents of their
+    // own size beneath the same addresses. Waits for the device; no work may be enqueued on the pool's memory
+    // meanwhile. Needs room in the budget for the copy of one extent. Returns the bytes freed. Extents that can't be
+    // moved stay as they are.
     Bytes compact();
+    // Nothing is parked from now on, and what is goes back.
+    void stop_parking();
     // Returns when prefetches are done and retiring memory that only waits for device work has been dealt with.
     void drain();
     // Returns when all work of the device that was enqueued so far has finished. Throws CudaError.
     void synchronize();
-    // Frees everything, after device work on it: on streams it was released to, and all of the device's for what is still
-    // allocated. Later use throws PoolClosed. Calling it again does nothing.
+    // Frees everything, after device work on it: on streams it was released to, and all of the device's for what is
+    // still allocated. Later use throws PoolClosed. Calling it again only tries once more what the driver refused to
+    // take back.
     void close();
 
     Bytes physical_memory_usage() const;
@@ -86,22 +96,25 @@ class VirtualMemoryPool {
     const Capabilities& device() const { return driver_->capabilities(); }
     MemoryStats stats() const;
 
-    // The end of the memory in the range whose release waits for a gate or a capture, so that no one can take it over yet.
+    // The end of the memory in the range whose release waits for a gate or a capture, so that no one can take it over
+    // yet.
     std::optional<Bytes> blocked_until(Bytes offset, Bytes size) const;
     // What is wrong with the books, empty if nothing; for tests.
     std::string check() const;
 
-   private:
-    void require_open() const;
+  private:
+    void require_open() const;  // under the lock
     ByteRange checked_range(Bytes offset, Bytes size) const;
 
     // growth.cpp
-    // Returns the bytes that were lacking, 0 where it succeeded; throws on any other failure. State changes only on success.
+    // Returns the bytes that were lacking, 0 where it succeeded; throws on any other failure. State changes only on
+    // success.
     Bytes try_allocate(ByteRange bytes, const AllocateOptions& options);
     Bytes try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh);
     Bytes open_ended_end(ByteRange gap, const AllocateOptions& options) const;
     Status try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh);
-    void prepare_kept_extents(ByteRange bytes, const AllocateOptions& options, bool& zeroed);
+    void prepare_kept_extents(ByteRange bytes, const AllocateOptions& options, bool& zeroed,
+                              std::vector<Extent*>& scrubbed);
     void order_after_earlier_users(ByteRange bytes, Stream stream);
     void undo(std::vector<Extent>& fresh) noexcept;
     void wait_for_service_stream() noexcept;
@@ -114,6 +127,7 @@ class VirtualMemoryPool {
     Bytes give_back_parked(Bytes wanted);
     Bytes give_back_excess();
     Bytes try_give_back(Extent& extent) noexcept;
+    bool try_give_up(Extent extent) noexcept;
     void discard(Extent extent) noexcept;
     bool work_step();
     void run_prefetch(ByteRange pages);
@@ -127,9 +141,8 @@ class VirtualMemoryPool {
 
     const MeteredDriverPtr driver_;
     const PoolOptions options_;
-    const Bytes park_limit_;
     const std::shared_ptr<Budget> budget_;
-    const std::uint64_t born_in_;  // fork generation
+    const ProcessGuard process_;
 
     const std::shared_ptr<AddressRange> range_;
 
@@ -139,8 +152,8 @@ class VirtualMemoryPool {
     RetireQueue retiring_;
     std::vector<std::pair<Bytes, FencePtr>> scrubbing_;  // extents, by begin, whose zeroing may still run
     std::deque<ByteRange> prefetches_;
-    bool prefetching_ = false;
     bool closed_ = false;
+    Bytes park_limit_;
     Bytes peak_physical_ = 0;
     Bytes peak_used_ = 0;
     std::uint64_t prefetches_done_ = 0;

@@ -40,8 +40,11 @@ void Worker::stop() {
 }
 
 void Worker::abandon() {
-    // Neither join nor detach: both would ask the system about a thread that this process does not have.
+    // Neither join nor detach: both would ask the system about a thread that this process does not have. That thread
+    // may hold the mutex, and it may wait for the condition, which would then block in its destructor for ever.
     new (&thread_) std::thread();
+    new (&mutex_) std::mutex();
+    new (&changed_) std::condition_variable();
 }
 
 void Worker::loop() {

@@ -10,9 +10,9 @@ namespace elastikv {
 
 // Thread safe. The thread starts at the first wake(), so a pool that never retires or prefetches has none.
 class Worker {
-   public:
-    // `step` does what is to be done now, and returns true if it wants to be called again soon (device work is pending).
-    // It must not throw, and must not call back into this object.
+  public:
+    // `step` does what is to be done now, and returns true if it wants to be called again soon (device work is
+    // pending). It must not throw, and must not call back into this object.
     explicit Worker(std::function<bool()> step) : step_(std::move(step)) {}
     // Waits for a step under way; none follows.
     ~Worker() { stop(); }
@@ -25,7 +25,7 @@ class Worker {
     // After a fork the thread is not there: forget it without joining.
     void abandon();
 
-   private:
+  private:
     void loop();
 
     std::function<bool()> step_;

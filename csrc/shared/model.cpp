@@ -1,5 +1,6 @@
 #include "shared/model.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace elastikv {
@@ -18,6 +19,10 @@ Address Model::allocate(Bytes size, AllocateOptions options) {
     try {
         const Address address = pool_->allocate(begin, size, options);
         const std::lock_guard lock(mutex_);
+        if (!registered_) {  // meanwhile, and what was allocated then is not known to unregister()
+            pool_->deallocate(begin, size, {});
+            throw ModelNotFound(name_, "It was unregistered");
+        }
         allocated_.add(bytes);
         return address;
     } catch (...) {
@@ -30,6 +35,7 @@ void Model::deallocate(Bytes offset, Bytes size, std::span<const Stream> streams
     if (size == 0) throw InvalidSize("size must be at least 1 byte, not 0");
     const auto bytes = range_of(offset, size);
     if (!bytes || bytes->end > pool_->capacity()) throw InvalidOffset(offset, size, pool_->capacity());
+    process_.require_same_process();
     const std::lock_guard lock(mutex_);
     if (!registered_) throw ModelNotFound(name_, "It was unregistered, which freed its allocations");
     const Bytes gap = allocated_.first_gap(*bytes);
@@ -51,18 +57,32 @@ std::unique_ptr<Region> Model::reserve(Bytes size) {
 }
 
 void Model::unregister() {
-    const std::lock_guard lock(mutex_);
-    if (!registered_) return;
+    process_.require_same_process();
     std::vector<ByteRange> parts;
-    allocated_.for_each({0, pool_->capacity()}, [&](ByteRange part) { parts.push_back(part); });
-    // Nobody says which streams used them, so all of the device's work comes first.
-    if (!parts.empty()) pool_->synchronize();
-    if (!parts.empty()) pool_->deallocate_all(parts, {});
+    {
+        const std::lock_guard lock(mutex_);
+        if (!registered_) return;
+        registered_ = false;  // from here on nothing is added or freed by others
+        allocated_.for_each({0, pool_->capacity()}, [&](ByteRange part) { parts.push_back(part); });
+    }
+    try {
+        // Nobody says which streams used them, so all of the device's work comes first, and not under the lock.
+        if (!parts.empty()) {
+            pool_->synchronize();
+            pool_->deallocate_all(parts, {});
+        }
+        pool_->stop_parking();
+    } catch (...) {
+        const std::lock_guard lock(mutex_);
+        registered_ = true;
+        throw;
+    }
+    const std::lock_guard lock(mutex_);
     for (const ByteRange& part : parts) allocated_.remove(part);
-    registered_ = false;
 }
 
 bool Model::registered() const {
+    process_.require_same_process();
     const std::lock_guard lock(mutex_);
     return registered_;
 }
@@ -85,10 +105,11 @@ Bytes Model::take_addresses(Bytes size) {
         place.reset();
     }
     if (!place) {
-        throw OutOfVirtualMemory(size, "model '" + name_ + "' has " + format_bytes(free_.total()) + " of its " +
-                                           format_bytes(pool_->capacity()) +
-                                           " of addresses free, not in one piece of that size; register it with a larger "
-                                           "virtual_capacity, addresses cost nothing");
+        throw OutOfVirtualMemory(size,
+                                 "model '" + name_ + "' has " + format_bytes(free_.total()) + " of its " +
+                                     format_bytes(pool_->capacity()) +
+                                     " of addresses free, not in one piece of that size; register it with a larger "
+                                     "virtual_capacity, addresses cost nothing");
     }
     free_.remove({*place, *place + *rounded});
     return *place;
@@ -107,7 +128,8 @@ Region::~Region() {
         return;  // everything was given back already, or belongs to the process that forked this one
     } catch (const VmmError&) {
         try {
-            // No fence could be recorded, say on a stream that is gone. Nothing is pending once the device has finished.
+            // No fence could be recorded, say on a stream that is gone. Nothing is pending once the device has
+            // finished.
             pool.synchronize();
             pool.deallocate_within(range_.begin, range_.size(), {});
         } catch (const VmmError&) {
@@ -117,20 +139,27 @@ Region::~Region() {
     model_->return_addresses(range_);
 }
 
+// The same bytes, by their offset in the pool. The neighbours' addresses are not this region's to touch.
+ByteRange Region::within(Bytes offset, Bytes size) const {
+    const auto part = range_of(offset, size);
+    if (!part || part->end > range_.size()) throw InvalidOffset(offset, size, range_.size());
+    return {range_.begin + part->begin, range_.begin + part->end};
+}
+
 void Region::claim(Bytes offset, Bytes size, AllocateOptions options) {
     model_->require_registered();
-    if (options.open_ended) options.grow_end += range_.begin;
-    model_->pool().allocate(range_.begin + offset, size, options);
+    options.grow_end = range_.begin + std::min(options.grow_end, range_.size());
+    model_->pool().allocate(within(offset, size).begin, size, options);
 }
 
 void Region::release(std::vector<ByteRange> parts, std::span<const Stream> streams) {
-    for (ByteRange& part : parts) part = {range_.begin + part.begin, range_.begin + part.end};
+    for (ByteRange& part : parts) part = within(part.begin, part.size());
     model_->pool().deallocate_all(std::move(parts), streams);
 }
 
 void Region::prefetch(Bytes offset, Bytes size) {
     model_->require_registered();
-    model_->pool().prefetch(range_.begin + offset, size);
+    model_->pool().prefetch(within(offset, size).begin, size);
 }
 
 }  // namespace elastikv

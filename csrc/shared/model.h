@@ -12,10 +12,10 @@ namespace elastikv {
 
 class Region;
 
-// Held by the SharedMemoryPool until it is unregistered, by every handle to it, and by every region: its memory lives until
-// the last of them is gone. Thread safe: the mutex guards placement, and may be held while the pool's is taken.
+// Held by the SharedMemoryPool until it is unregistered, by every handle to it, and by every region: its memory lives
+// until the last of them is gone. Thread safe: the mutex guards placement, and may be held while the pool's is taken.
 class Model : public std::enable_shared_from_this<Model> {
-   public:
+  public:
     Model(std::string name, Bytes virtual_capacity, const DriverPtr& driver, const PoolOptions& options,
           const std::shared_ptr<PhysicalBudget>& budget);
 
@@ -26,7 +26,8 @@ class Model : public std::enable_shared_from_this<Model> {
     MemoryStats stats() const { return pool_->stats(); }
 
     // Makes `size` bytes resident at a free place, which starts on a page, and returns their address.
-    // Throws InvalidSize, OutOfVirtualMemory, OutOfPhysicalMemory, MappingFailed, CudaError, ModelNotFound once unregistered.
+    // Throws InvalidSize, OutOfVirtualMemory, OutOfPhysicalMemory, MappingFailed, CudaError, ModelNotFound once
+    // unregistered.
     Address allocate(Bytes size, AllocateOptions options = {});
     // Frees what allocate() gave, or a part of it; offsets count from base_address().
     // Throws InvalidSize, InvalidOffset, NotMapped (a region's memory counts as not allocated here), CudaError.
@@ -40,13 +41,14 @@ class Model : public std::enable_shared_from_this<Model> {
     void unregister();
     bool registered() const;
 
-   private:
+  private:
     friend class Region;
     void require_registered() const;
     // Takes the lowest free place; throws OutOfVirtualMemory.
     Bytes take_addresses(Bytes size);
     void return_addresses(ByteRange pages);
 
+    const ProcessGuard process_;
     const std::string name_;
     const std::shared_ptr<VirtualMemoryPool> pool_;
     mutable std::mutex mutex_;
@@ -57,10 +59,10 @@ class Model : public std::enable_shared_from_this<Model> {
 
 using ModelPtr = std::shared_ptr<Model>;
 
-// Addresses with one owner, parts of which are resident. Gives everything back when it dies, on the streams it was told of.
-// Not thread safe, like a tensor; different regions may be used at once.
+// Addresses with one owner, parts of which are resident. Gives everything back when it dies, on the streams it was told
+// of. Not thread safe, like a tensor; different regions may be used at once.
 class Region {
-   public:
+  public:
     Region(ModelPtr model, ByteRange range) : model_(std::move(model)), range_(range) {}
     ~Region();
     Region(const Region&) = delete;
@@ -70,7 +72,8 @@ class Region {
     Bytes size() const { return range_.size(); }
     const ModelPtr& model() const { return model_; }
 
-    // Offsets count from base(). Errors are VirtualMemoryPool's, and ModelNotFound where claim or prefetch come after unregister.
+    // Offsets count from base(). Errors are VirtualMemoryPool's, and ModelNotFound where claim or prefetch come after
+    // unregister.
     void claim(Bytes offset, Bytes size, AllocateOptions options);
     // All parts or none.
     void release(std::vector<ByteRange> parts, std::span<const Stream> streams);
@@ -78,7 +81,9 @@ class Region {
     // What is left when the region dies is released on these streams.
     void set_final_streams(std::vector<Stream> streams) { final_streams_ = std::move(streams); }
 
-   private:
+  private:
+    ByteRange within(Bytes offset, Bytes size) const;
+
     const ModelPtr model_;
     const ByteRange range_;  // in the model's pool
     std::vector<Stream> final_streams_{Stream{}};

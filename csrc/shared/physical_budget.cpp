@@ -35,9 +35,9 @@ std::string PhysicalBudget::describe_holders() const {
     const char* before = ": ";
     for_each_pool([&](const std::string& name, const VirtualMemoryPool& pool) {
         const MemoryStats stats = pool.stats();
-        text += before + ("'" + name + "' " + format_bytes(stats.physical_usage)) + " (used " + format_bytes(stats.used) +
-                ", retiring " + format_bytes(stats.retiring) + ", parked " + format_bytes(stats.parked) + ", stranded " +
-                format_bytes(stats.stranded) + ")";
+        text += before + ("'" + name + "' " + format_bytes(stats.physical_usage)) + " (used " +
+                format_bytes(stats.used) + ", retiring " + format_bytes(stats.retiring) + ", parked " +
+                format_bytes(stats.parked) + ", stranded " + format_bytes(stats.stranded) + ")";
         before = "; ";
     });
     return text + ". Free or shrink tensors, compact() what is stranded, or raise physical_limit";

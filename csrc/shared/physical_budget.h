@@ -15,7 +15,7 @@ namespace elastikv {
 // Thread safe. Charges are one atomic, so that a charge never waits; the list of pools has a mutex, which is never held
 // while a pool is called.
 class PhysicalBudget final : public Budget {
-   public:
+  public:
     explicit PhysicalBudget(Bytes limit) : limit_(limit) {}
 
     bool try_charge(Bytes bytes) noexcept override;
@@ -38,7 +38,7 @@ class PhysicalBudget final : public Budget {
         for (const auto& [name, pool] : living()) visit(name, *pool);
     }
 
-   private:
+  private:
     struct Member {
         std::string name;
         std::weak_ptr<VirtualMemoryPool> pool;

@@ -20,6 +20,7 @@ SharedMemoryPool::SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolO
 
 ModelPtr SharedMemoryPool::register_model(const std::string& id, Bytes virtual_capacity) {
     if (id.empty()) throw InvalidArgument("a model's id must not be empty");
+    process_.require_same_process();
     const std::lock_guard lock(mutex_);
     if (closed_) throw PoolClosed("the shared pool is closed");
     if (models_.count(id) != 0) throw ModelAlreadyExists(id);
@@ -38,6 +39,7 @@ void SharedMemoryPool::unregister_model(const std::string& id) {
 }
 
 ModelPtr SharedMemoryPool::model(const std::string& id) const {
+    process_.require_same_process();
     const std::lock_guard lock(mutex_);
     if (closed_) throw PoolClosed("the shared pool is closed");
     const auto it = models_.find(id);
@@ -62,6 +64,7 @@ void SharedMemoryPool::deallocate_for_model(const std::string& id, Bytes offset,
 }
 
 std::optional<MemoryStats> SharedMemoryPool::get_model_stats(const std::string& id) const {
+    process_.require_same_process();
     ModelPtr found;
     {
         const std::lock_guard lock(mutex_);
@@ -73,6 +76,7 @@ std::optional<MemoryStats> SharedMemoryPool::get_model_stats(const std::string& 
 }
 
 GlobalMemoryStats SharedMemoryPool::global_stats() const {
+    process_.require_same_process();
     GlobalMemoryStats stats;
     stats.physical_limit = budget_->limit();
     stats.physical_usage = budget_->charged();
@@ -89,22 +93,32 @@ GlobalMemoryStats SharedMemoryPool::global_stats() const {
 }
 
 std::vector<std::string> SharedMemoryPool::models() const {
+    process_.require_same_process();
     std::vector<std::string> names;
     const std::lock_guard lock(mutex_);
     for (const auto& [id, model] : models_) names.push_back(id);
     return names;
 }
 
-Bytes SharedMemoryPool::trim() { return budget_->make_room(~Bytes{0}, false); }
+Bytes SharedMemoryPool::trim() {
+    process_.require_same_process();
+    return budget_->make_room(~Bytes{0}, false);
+}
 
 void SharedMemoryPool::close() {
-    std::map<std::string, ModelPtr> gone;
-    {
+    process_.require_same_process();
+    for (;;) {
+        ModelPtr next;
+        {
+            const std::lock_guard lock(mutex_);
+            closed_ = true;
+            if (models_.empty()) return;
+            next = models_.begin()->second;
+        }
+        next->unregister();
         const std::lock_guard lock(mutex_);
-        closed_ = true;
-        gone.swap(models_);
+        models_.erase(next->name());
     }
-    for (const auto& [id, model] : gone) model->unregister();
 }
 
 }  // namespace elastikv

@@ -22,13 +22,13 @@ struct GlobalMemoryStats {
     Bytes peak_physical = 0;
 };
 
-// Every model has addresses of its own and draws physical memory from the common limit, charged before it exists. Where a
-// charge does not fit, parked memory is taken, from any model, and memory that retires is waited for, before anything fails.
-// Memory that changes hands is zeroed.
+// Every model has addresses of its own and draws physical memory from the common limit, charged before it exists. Where
+// a charge does not fit, parked memory is taken, from any model, and memory that retires is waited for, before anything
+// fails. Memory that changes hands is zeroed.
 //
 // Thread safe: a mutex guards the list of models and is not held while a model is used.
 class SharedMemoryPool {
-   public:
+  public:
     // No memory, no addresses yet. Throws InvalidArgument where the limit is below one page, InvalidPageSize.
     SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options = {});
 
@@ -48,15 +48,17 @@ class SharedMemoryPool {
     std::vector<std::string> models() const;
     // Gives all parked memory back; returns the bytes freed.
     Bytes trim();
-    // Unregisters every model. Later use throws PoolClosed, except for statistics. Calling it again does nothing.
+    // Unregisters every model. Later use throws PoolClosed, except for statistics. Throws CudaError where the device
+    // can't be waited for; calling it again goes on with the models that are left.
     void close();
 
     const Capabilities& device() const { return driver_->capabilities(); }
     Bytes page_size() const { return options_.page_size; }
 
-   private:
+  private:
     std::string hint_for_unknown() const;
 
+    const ProcessGuard process_;
     const DriverPtr driver_;
     PoolOptions options_;
     const std::shared_ptr<PhysicalBudget> budget_;

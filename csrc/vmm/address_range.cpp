@@ -15,7 +15,8 @@ AddressRange::AddressRange(MeteredDriverPtr driver, Address base, Bytes size)
     : driver_(std::move(driver)), base_(base), size_(size) {}
 
 AddressRange::~AddressRange() {
-    if (!driver_->free_addresses(base_, size_).ok()) driver_->abandon(size_);
+    const auto freed = [this] { return driver_->free_addresses(base_, size_).ok(); };
+    if (!freed() && !freed()) driver_->abandon(size_);  // tried twice, as no one else can try again
 }
 
 }  // namespace elastikv

@@ -9,7 +9,7 @@ namespace elastikv {
 
 // Owns the reservation and gives it back when the last holder (a pool, a Mapping) is gone. Immutable, so thread safe.
 class AddressRange {
-   public:
+  public:
     static Result<std::shared_ptr<AddressRange>> try_reserve(MeteredDriverPtr driver, Bytes size, Bytes alignment);
     ~AddressRange();
     AddressRange(const AddressRange&) = delete;
@@ -19,7 +19,7 @@ class AddressRange {
     Bytes size() const { return size_; }
     VmmDriver& driver() const { return *driver_; }
 
-   private:
+  private:
     AddressRange(MeteredDriverPtr driver, Address base, Bytes size);
 
     MeteredDriverPtr driver_;

@@ -7,8 +7,8 @@ namespace elastikv {
 Mapping::Mapping(std::shared_ptr<AddressRange> range, std::shared_ptr<PhysicalExtent> extent, Bytes offset)
     : range_(std::move(range)), extent_(std::move(extent)), offset_(offset) {}
 
-// A refused unmap is counted as a failure by the meter; the extent is released all the same and its memory goes with the
-// mapping when the process ends.
+// A refused unmap is counted as a failure by the meter; the extent is released all the same and its memory goes with
+// the mapping when the process ends.
 Mapping::~Mapping() { (void)try_unmap(); }
 
 Status Mapping::try_map() noexcept {

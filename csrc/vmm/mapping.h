@@ -11,7 +11,7 @@ namespace elastikv {
 // Holds both the range and the extent, so whatever is destroyed first, the order at the driver is unmap, release, free.
 // The caller sees to it that no device work uses the addresses when a Mapping dies. Not thread safe.
 class Mapping {
-   public:
+  public:
     // Maps nothing yet. `offset` is within the range and a multiple of the granularity.
     Mapping(std::shared_ptr<AddressRange> range, std::shared_ptr<PhysicalExtent> extent, Bytes offset);
     // Unmaps what try_unmap has not. A refusal leaves the memory mapped, and the extent's own release follows it.
@@ -32,7 +32,7 @@ class Mapping {
     PhysicalExtent& extent() { return *extent_; }
     const std::shared_ptr<PhysicalExtent>& shared_extent() const { return extent_; }
 
-   private:
+  private:
     std::shared_ptr<AddressRange> range_;
     std::shared_ptr<PhysicalExtent> extent_;
     Bytes offset_;

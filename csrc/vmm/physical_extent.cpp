@@ -15,7 +15,7 @@ PhysicalExtent::PhysicalExtent(MeteredDriverPtr driver, ExtentHandle handle, Byt
     : driver_(std::move(driver)), handle_(handle), size_(size) {}
 
 PhysicalExtent::~PhysicalExtent() {
-    if (!try_release().ok()) driver_->abandon(size_);
+    if (!try_release().ok()) abandon();
 }
 
 Status PhysicalExtent::try_release() noexcept {
@@ -23,6 +23,11 @@ Status PhysicalExtent::try_release() noexcept {
     const Status status = driver_->release(handle_);
     if (status.ok()) owned_ = false;
     return status;
+}
+
+void PhysicalExtent::abandon() noexcept {
+    if (owned_) driver_->abandon(size_);
+    owned_ = false;
 }
 
 }  // namespace elastikv

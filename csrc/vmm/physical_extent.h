@@ -7,9 +7,10 @@
 
 namespace elastikv {
 
-// Owns a driver handle. Shared, as one extent may be mapped at several addresses. Not thread safe where released by hand.
+// Owns a driver handle. Shared, as one extent may be mapped at several addresses. Not thread safe where released by
+// hand.
 class PhysicalExtent {
-   public:
+  public:
     static Result<std::shared_ptr<PhysicalExtent>> try_create(MeteredDriverPtr driver, Bytes size);
     // Releases what try_release has not; a refusal is counted as abandoned bytes.
     ~PhysicalExtent();
@@ -18,11 +19,13 @@ class PhysicalExtent {
 
     // After ok the object is empty; after a failure it still owns the memory.
     Status try_release() noexcept;
+    // Gives the handle up without releasing it, and counts it as abandoned. For an owner whose ledger keeps it charged.
+    void abandon() noexcept;
 
     ExtentHandle handle() const { return handle_; }
     Bytes size() const { return size_; }
 
-   private:
+  private:
     PhysicalExtent(MeteredDriverPtr driver, ExtentHandle handle, Bytes size);
 
     MeteredDriverPtr driver_;

@@ -13,12 +13,16 @@ Result<FencePtr> RecordedFence::try_record(MeteredDriverPtr driver, Stream strea
 
 RecordedFence::RecordedFence(MeteredDriverPtr driver, Fence fence) : driver_(std::move(driver)), fence_(fence) {}
 
-// A refusal loses an event, not memory; the meter counts it.
-RecordedFence::~RecordedFence() { (void)driver_->destroy_fence(fence_); }
+// Tried twice, as no one else can try again. A second refusal loses an event, not memory; the meter counts it.
+RecordedFence::~RecordedFence() {
+    if (!driver_->destroy_fence(fence_).ok()) (void)driver_->destroy_fence(fence_);
+}
 
 bool RecordedFence::has_passed() const noexcept {
-    const StatusCode code = driver_->query_fence(fence_).code;
-    return code != StatusCode::not_ready && code != StatusCode::capturing;
+    StatusCode code = driver_->query_fence(fence_).code;
+    const auto is_answer = [&] { return code == StatusCode::not_ready || code == StatusCode::capturing; };
+    if (code != StatusCode::ok && !is_answer()) code = driver_->query_fence(fence_).code;
+    return !is_answer();
 }
 
 }  // namespace elastikv
