@@ -30,7 +30,8 @@ std::optional<Bytes> try_bytes(const py::object& value, const char* what) {
 
 Bytes to_bytes(const py::object& value, const char* what, const char* error) {
     const auto bytes = try_bytes(value, what);
-    if (!bytes) raise(error, std::string(what) + " must be between 0 and 2**64 - 1, not " + py::str(value).cast<std::string>());
+    if (!bytes)
+        raise(error, std::string(what) + " must be between 0 and 2**64 - 1, not " + py::str(value).cast<std::string>());
     return *bytes;
 }
 
@@ -38,8 +39,8 @@ Bytes to_offset(const py::object& offset, const py::object& size, Bytes capacity
     const auto bytes = try_bytes(offset, "offset");
     if (bytes) return *bytes;
     const py::object type = py::module_::import("elastikv.errors").attr("InvalidOffset");
-    const py::object error = type("offset " + py::str(offset).cast<std::string>() + " is outside the capacity of " +
-                                  format_bytes(capacity));
+    const py::object error =
+        type("offset " + py::str(offset).cast<std::string>() + " is outside the capacity of " + format_bytes(capacity));
     error.attr("offset") = offset;
     error.attr("size") = size;
     error.attr("capacity") = capacity;
@@ -49,7 +50,7 @@ Bytes to_offset(const py::object& offset, const py::object& size, Bytes capacity
 
 Stream to_stream(const py::handle& stream) {
     const py::object handle = py::hasattr(stream, "cuda_stream") ? stream.attr("cuda_stream").cast<py::object>()
-                                                                : py::reinterpret_borrow<py::object>(stream);
+                                                                 : py::reinterpret_borrow<py::object>(stream);
     return {static_cast<std::uintptr_t>(to_bytes(handle, "a stream's handle", "InvalidArgument"))};
 }
 

@@ -26,7 +26,8 @@ void bind_errors(py::module_&) {
         } catch (const OutOfVirtualMemory& e) {
             raise("OutOfVirtualMemory", e, Number{"requested", e.requested});
         } catch (const InvalidOffset& e) {
-            raise("InvalidOffset", e, Number{"offset", e.offset}, Number{"size", e.size}, Number{"capacity", e.capacity});
+            raise("InvalidOffset", e, Number{"offset", e.offset}, Number{"size", e.size},
+                  Number{"capacity", e.capacity});
         } catch (const CudaError& e) {
             raise("CudaError", e, Code{"code", e.status.native});
         } catch (const MappingFailed& e) {

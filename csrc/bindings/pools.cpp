@@ -41,10 +41,10 @@ std::shared_ptr<T> without_gil_at_end(T* object) {
     });
 }
 
-std::shared_ptr<Pool> make_pool(const py::object& capacity, const py::object& page_size, const std::string& device,
+std::shared_ptr<Pool> make_pool(const py::object& capacity, const py::object& page_size, const py::object& device,
                                 const py::object& park_limit) {
     const Bytes bytes = to_bytes(capacity, "capacity");
-    const DriverPtr driver = driver_for(device);
+    const DriverPtr driver = driver_for(py::str(device));  // str(torch.device) is its name
     const PoolOptions options = to_options(page_size, park_limit, driver->capabilities().granularity);
     const py::gil_scoped_release release;
     return without_gil_at_end(new Pool(bytes, driver, options));
@@ -84,10 +84,10 @@ bool pool_is_mapped(const Pool& pool, const py::object& offset, const py::object
     return pool.is_mapped(begin, bytes);
 }
 
-std::shared_ptr<SharedMemoryPool> make_shared_pool(const py::object& physical_limit, const std::string& device,
+std::shared_ptr<SharedMemoryPool> make_shared_pool(const py::object& physical_limit, const py::object& device,
                                                    const py::object& page_size, const py::object& park_limit) {
     const Bytes limit = to_bytes(physical_limit, "physical_limit");
-    const DriverPtr driver = driver_for(device);
+    const DriverPtr driver = driver_for(py::str(device));  // str(torch.device) is its name
     const PoolOptions options = to_options(page_size, park_limit, driver->capabilities().granularity);
     return without_gil_at_end(new SharedMemoryPool(limit, driver, options));
 }
@@ -130,59 +130,114 @@ void bind_pools(py::module_& module) {
     using py::arg;
     const py::object none = py::none();
 
-    py::class_<ReleaseGate, Gate>(module, "ReleaseGate",
-                                  "Held by a scheduler that may still launch work on memory it has released: the memory "
-                                  "retires only once the gate is open and what was launched by then has finished.")
+    py::class_<ReleaseGate, Gate>(
+        module, "ReleaseGate",
+        "Held by a scheduler that may still launch work on memory it has released: the memory "
+        "retires only once the gate is open and what was launched by then has finished.")
         .def(py::init<>())
         .def("open", &ReleaseGate::open)
         .def_property_readonly("is_open", &ReleaseGate::is_open);
 
-    py::class_<Pool, std::shared_ptr<Pool>> pool(module, "VirtualMemoryPool");
+    py::class_<Pool, std::shared_ptr<Pool>> pool(module, "VirtualMemoryPool",
+                                                 R"(A range of addresses under which physical memory comes and goes.
+
+capacity: bytes of addresses, rounded up to pages; costs no memory.
+page_size: bytes, a power of two and a multiple of the device's granularity; None: the granularity.
+device: "cpu", "cuda" or "cuda:N".
+park_limit: bytes of freed memory kept mapped for reuse; None: 256 MiB on CUDA, 0 on the CPU.
+
+Thread safe. A context manager: leaving it closes the pool.
+Raises InvalidSize, InvalidPageSize, InvalidArgument, DeviceUnavailable, OutOfVirtualMemory.)");
     pool.def(py::init(&make_pool), arg("capacity"), arg("page_size") = none, arg("device") = "cpu", py::kw_only(),
              arg("park_limit") = none)
-        .def("allocate", &pool_allocate, arg("offset"), arg("size"), py::kw_only(), arg("zero") = false)
+        .def("allocate", &pool_allocate, arg("offset"), arg("size"), py::kw_only(), arg("zero") = false,
+             R"(Makes [offset, offset + size) resident and returns its address, base_address + offset.
+
+Exact to the byte: two allocations may share a page. With zero, the bytes read as zeros on torch's current stream.
+All or nothing. Raises InvalidSize, InvalidOffset, AlreadyMapped, OutOfPhysicalMemory, MappingFailed, CudaError, PoolClosed.)")
         .def("deallocate", &pool_deallocate, arg("offset"), arg("size"), py::kw_only(), arg("streams") = none,
-             arg("gate") = none)
-        .def("prefetch", &pool_prefetch, arg("offset"), arg("size"))
-        .def("is_mapped", &pool_is_mapped, arg("offset"), arg("size"))
-        .def("compact", &Pool::compact, NoGil())
-        .def("trim", [](Pool& self) { return self.trim(); }, NoGil())
-        .def("drain", &Pool::drain, NoGil())
-        .def("stats", &Pool::stats, NoGil())
-        .def_property_readonly("physical_memory_usage", &Pool::physical_memory_usage)
+             arg("gate") = none,
+             R"(Frees [offset, offset + size), which must be wholly allocated.
+
+The memory retires until work enqueued on `streams` so far has finished: torch.cuda.Stream objects or raw handles; None:
+torch's current stream. With a gate, only what is enqueued until the gate opens counts, and the memory waits for that.
+Raises InvalidSize, InvalidOffset, NotMapped, CudaError, PoolClosed.)")
+        .def("prefetch", &pool_prefetch, arg("offset"), arg("size"),
+             "Maps the pages of [offset, offset + size) in the background, so that allocate() needs no driver call. A "
+             "hint: "
+             "dropped when memory is short.")
+        .def("is_mapped", &pool_is_mapped, arg("offset"), arg("size"),
+             "True if every page of [offset, offset + size) is allocated; False for empty ranges and those outside.")
+        .def(
+            "compact", &Pool::compact, NoGil(),
+            R"(Gives idle memory back and returns the bytes freed: parked extents, and idle pages of extents that are partly
+used, whose live pages move beneath the same addresses. Waits for the device; nothing may be enqueued on the memory meanwhile.)")
+        .def(
+            "trim", [](Pool& self) { return self.trim(); }, NoGil(),
+            "Gives parked memory back; returns the bytes freed.")
+        .def(
+            "drain", &Pool::drain, NoGil(),
+            "Returns when prefetches are done and retiring memory that only waits for device work has been dealt with.")
+        .def("stats", &Pool::stats, NoGil(), "A MemoryStats; costs the same at any size.")
+        .def_property_readonly("physical_memory_usage", py::cpp_function(&Pool::physical_memory_usage, NoGil()),
+                               "Bytes of live extents.")
         .def_property_readonly("capacity", &Pool::capacity)
         .def_property_readonly("base_address", &Pool::base_address)
         .def_property_readonly("page_size", &Pool::page_size)
         .def_property_readonly("device", [](const Pool& self) { return device_name(self.device()); });
     add_context_manager(pool);
 
-    py::class_<Model, ModelPtr>(module, "Model")
+    py::class_<Model, ModelPtr>(
+        module, "Model",
+        "A model's share of a SharedMemoryPool, as register_model() gives it. Its memory lives until the "
+        "model is unregistered and its last tensor is gone. Thread safe.")
         .def_property_readonly("name", &Model::name)
         .def_property_readonly("base_address", &Model::base_address)
         .def_property_readonly("virtual_capacity", [](Model& self) { return self.pool().capacity(); })
         .def_property_readonly("page_size", [](Model& self) { return self.pool().page_size(); })
         .def_property_readonly("device", [](Model& self) { return device_name(self.pool().device()); })
-        .def_property_readonly("registered", &Model::registered)
+        .def_property_readonly("registered", py::cpp_function(&Model::registered, NoGil()))
         .def("stats", &Model::stats, NoGil())
-        .def("trim", [](Model& self) { return self.pool().trim(); }, NoGil())
-        .def("compact", [](Model& self) { return self.pool().compact(); }, NoGil())
-        .def("drain", [](Model& self) { self.pool().drain(); }, NoGil())
+        .def(
+            "trim", [](Model& self) { return self.pool().trim(); }, NoGil())
+        .def(
+            "compact", [](Model& self) { return self.pool().compact(); }, NoGil())
+        .def(
+            "drain", [](Model& self) { self.pool().drain(); }, NoGil())
         .def("__repr__", [](const Model& self) { return "<elastikv.Model '" + self.name() + "'>"; });
 
-    py::class_<SharedMemoryPool, std::shared_ptr<SharedMemoryPool>> shared(module, "SharedMemoryPool");
+    py::class_<SharedMemoryPool, std::shared_ptr<SharedMemoryPool>> shared(
+        module, "SharedMemoryPool", R"(Several models on one device, under one limit of physical memory.
+
+physical_limit: bytes, at least one page. Each model has addresses of its own; physical memory is charged before it
+exists, so the limit holds at any moment. Memory that changes hands is zeroed. For the rest see VirtualMemoryPool.
+
+Thread safe. A context manager: leaving it closes the pool. Tensors outlive it.)");
     shared
         .def(py::init(&make_shared_pool), arg("physical_limit"), arg("device") = "cpu", py::kw_only(),
              arg("page_size") = none, arg("park_limit") = none)
-        .def("register_model", &register_model, arg("id"), arg("virtual_capacity"))
-        .def("unregister_model", &SharedMemoryPool::unregister_model, arg("id"), NoGil())
-        .def("model", &SharedMemoryPool::model, arg("id"))
-        .def("models", &SharedMemoryPool::models)
-        .def("allocate_for_model", &allocate_for_model, arg("id"), arg("size"), py::kw_only(), arg("zero") = false)
+        .def("register_model", &register_model, arg("id"), arg("virtual_capacity"),
+             "Reserves virtual_capacity bytes of addresses and returns the Model. Raises ModelAlreadyExists, "
+             "InvalidArgument, "
+             "InvalidSize, OutOfVirtualMemory.")
+        .def("unregister_model", &SharedMemoryPool::unregister_model, arg("id"), NoGil(),
+             "Frees what allocate_for_model gave out. Tensors keep their memory, charged, until they die. Raises "
+             "ModelNotFound.")
+        .def("model", &SharedMemoryPool::model, arg("id"), NoGil(), "The Model of that name. Raises ModelNotFound.")
+        .def("models", &SharedMemoryPool::models, NoGil(), "The names of all registered models.")
+        .def("allocate_for_model", &allocate_for_model, arg("id"), arg("size"), py::kw_only(), arg("zero") = false,
+             R"(Makes `size` bytes resident at a free place of the model's addresses and returns their address.
+
+Raises ModelNotFound, InvalidSize, OutOfVirtualMemory, OutOfPhysicalMemory, MappingFailed, CudaError, PoolClosed.)")
         .def("deallocate_for_model", &deallocate_for_model, arg("id"), arg("offset"), arg("size"), py::kw_only(),
-             arg("streams") = none, arg("gate") = none)
-        .def("get_model_stats", &SharedMemoryPool::get_model_stats, arg("id"), NoGil())
-        .def("global_stats", &SharedMemoryPool::global_stats, NoGil())
-        .def("trim", &SharedMemoryPool::trim, NoGil())
+             arg("streams") = none, arg("gate") = none,
+             R"(Frees what allocate_for_model gave, or a part of it; offsets count from the model's base_address.
+
+For streams and gate see VirtualMemoryPool.deallocate. Raises ModelNotFound, InvalidSize, InvalidOffset, NotMapped, CudaError.)")
+        .def("get_model_stats", &SharedMemoryPool::get_model_stats, arg("id"), NoGil(),
+             "The model's MemoryStats, or None for an unknown name.")
+        .def("global_stats", &SharedMemoryPool::global_stats, NoGil(), "A GlobalMemoryStats.")
+        .def("trim", &SharedMemoryPool::trim, NoGil(), "Gives all models' parked memory back; returns the bytes freed.")
         .def_property_readonly("page_size", &SharedMemoryPool::page_size)
         .def_property_readonly("device", [](const SharedMemoryPool& self) { return device_name(self.device()); });
     add_context_manager(shared);

@@ -19,16 +19,18 @@ std::uint64_t total_driver_calls(const MemoryStats& stats) {
 }
 
 std::string describe(const MemoryStats& stats) {
-    return "MemoryStats(physical_usage=" + std::to_string(stats.physical_usage) + ", used=" + std::to_string(stats.used) +
-           ", retiring=" + std::to_string(stats.retiring) + ", parked=" + std::to_string(stats.parked) +
-           ", stranded=" + std::to_string(stats.stranded) + ", extents=" + std::to_string(stats.extents) +
+    return "MemoryStats(physical_usage=" + std::to_string(stats.physical_usage) +
+           ", used=" + std::to_string(stats.used) + ", retiring=" + std::to_string(stats.retiring) +
+           ", parked=" + std::to_string(stats.parked) + ", stranded=" + std::to_string(stats.stranded) +
+           ", extents=" + std::to_string(stats.extents) +
            ", virtual_capacity=" + std::to_string(stats.virtual_capacity) + ")";
 }
 
 std::string describe_global(const GlobalMemoryStats& stats) {
     return "GlobalMemoryStats(physical_limit=" + std::to_string(stats.physical_limit) +
-           ", physical_usage=" + std::to_string(stats.physical_usage) + ", num_models=" + std::to_string(stats.num_models) +
-           ", parked=" + std::to_string(stats.parked) + ", retiring=" + std::to_string(stats.retiring) + ")";
+           ", physical_usage=" + std::to_string(stats.physical_usage) +
+           ", num_models=" + std::to_string(stats.num_models) + ", parked=" + std::to_string(stats.parked) +
+           ", retiring=" + std::to_string(stats.retiring) + ")";
 }
 
 }  // namespace
@@ -43,8 +45,9 @@ void bind_stats(py::module_& module) {
                    ", nanoseconds=" + std::to_string(s.nanoseconds) + ")";
         });
 
-    py::class_<MemoryStats>(module, "MemoryStats",
-                            "A pool's state at one moment, in bytes. physical_usage = used + retiring + parked + stranded.")
+    py::class_<MemoryStats>(
+        module, "MemoryStats",
+        "A pool's state at one moment, in bytes. physical_usage = used + retiring + parked + stranded.")
         .def_readonly("virtual_capacity", &MemoryStats::virtual_capacity)
         .def_readonly("physical_usage", &MemoryStats::physical_usage)
         .def_readonly("mapped_pages", &MemoryStats::mapped_pages)

@@ -1,9 +1,10 @@
 // Elastic tensors. The one file here with torch's Python headers, which are slow to compile.
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/Dtype.h>
-#include <torch/csrc/autograd/python_variable.h>
-
+#include <c10/util/Exception.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Storage.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include "bindings/bindings.h"
 #include "torch/elastic_tensor.h"
@@ -35,10 +36,41 @@ void check_device(const py::object& device, Model& model) {
     throw InvalidArgument("model '" + model.name() + "' is on " + home + ", so a tensor of it can't be on " + asked);
 }
 
+// A length; what does not fit 64 bits fits no tensor.
+std::int64_t to_length(const py::object& length) {
+    if (!PyIndex_Check(length.ptr())) {
+        throw py::type_error(std::string("length must be an integer, not ") + Py_TYPE(length.ptr())->tp_name);
+    }
+    const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(length.ptr()));
+    if (!number) throw py::error_already_set();
+    const long long value = PyLong_AsLongLong(number.ptr());
+    if (PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        throw InvalidArgument("length " + py::str(number).cast<std::string>() + " does not fit 64 bits");
+    }
+    return value;
+}
+
+bool is_elastic(const at::Tensor& tensor) {
+    const torch::ElasticBlock* const block = torch::block_of(tensor);
+    return block != nullptr && !block->geometry().max_shape.empty();
+}
+
 torch::ElasticBlock& to_block(const at::Tensor& tensor) {
     torch::ElasticBlock* const block = torch::block_of(tensor);
-    if (block == nullptr) throw InvalidArgument("expected a tensor made by elastikv.empty, or a view of one");
+    if (block == nullptr) throw InvalidArgument("expected a tensor made by elastikv.empty or zeros, or a view of one");
     return *block;
+}
+
+// Gives the storage a Python face that refuses to be read as a whole, as it has gaps without memory between the rows.
+// To be done before a tensor holds the storage, which keeps its face from then on.
+void guard_gaps(torch::ElasticStorage& made) {
+    const py::object type = py::module_::import("elastikv._storage").attr("GappedStorage");
+    auto* const storage_type = reinterpret_cast<PyTypeObject*>(type.ptr());
+    c10::Storage storage = std::move(made.storage);
+    const auto face = py::reinterpret_steal<py::object>(THPStorage_NewWithStorage(storage_type, std::move(storage)));
+    if (!face) throw py::error_already_set();
+    made.storage = THPStorage_Unpack(face.ptr());
 }
 
 py::object empty(const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& max_shape,
@@ -46,31 +78,48 @@ py::object empty(const std::vector<std::int64_t>& shape, const std::vector<std::
                  std::optional<std::int64_t> dim, bool scrub) {
     const at::ScalarType type = to_dtype(dtype);
     check_device(device, *model);
+    torch::ElasticStorage made;
+    {
+        const py::gil_scoped_release release;
+        made = torch::make_storage(model, {shape, max_shape, dim}, type, scrub);
+    }
+    if (made.has_gaps) guard_gaps(made);
+    at::Tensor tensor = torch::tensor_over(made);
+    made.storage = {};  // its hold on the storage would count as somebody's
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor)));
+}
+
+py::object zeros(const std::vector<std::int64_t>& shape, const py::object& dtype, const ModelPtr& model) {
+    const at::ScalarType type = to_dtype(dtype);
     at::Tensor tensor;
     {
         const py::gil_scoped_release release;
-        tensor = torch::empty(model, {shape, max_shape, dim}, type, scrub);
+        tensor = torch::zeros(model, shape, type);
     }
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor)));
 }
 
-py::object grow(const py::object& object, std::int64_t length, bool exact) {
+py::object grow(const py::object& object, const py::object& to, bool exact) {
     const at::Tensor tensor = to_tensor(object);
+    const std::int64_t length = to_length(to);
     const py::gil_scoped_release release;
     torch::grow(tensor, length, exact);
     return object;
 }
 
-py::object shrink(const py::object& object, std::int64_t length) {
+py::object shrink(const py::object& object, const py::object& to) {
     const at::Tensor tensor = to_tensor(object);
+    const std::int64_t length = to_length(to);
     const py::gil_scoped_release release;
-    torch::shrink(tensor, length);
+    torch::shrink(tensor, length, /*own_references=*/2);  // the Python object's, and `tensor` here
     return object;
 }
 
-void prefetch(const py::object& object, std::int64_t length) {
+void prefetch(const py::object& object, const py::object& to) {
     const at::Tensor tensor = to_tensor(object);
+    const std::int64_t length = to_length(to);
     torch::ElasticBlock& block = to_block(tensor);
+    if (!is_elastic(tensor)) throw InvalidArgument("prefetch needs a tensor made by elastikv.empty, or a view of one");
     const auto most = static_cast<std::int64_t>(block.layout().max_length);
     if (length < 0 || length > most) {
         throw InvalidArgument("prefetch to length " + std::to_string(length) + ", which is not between 0 and " +
@@ -82,22 +131,74 @@ void prefetch(const py::object& object, std::int64_t length) {
 
 void record_stream(const py::object& object, const py::object& stream) {
     const at::Tensor tensor = to_tensor(object);
-    to_block(tensor).record_stream(to_stream(stream));
+    torch::ElasticBlock& block = to_block(tensor);
+    const Stream handle = to_stream(stream);
+    const py::gil_scoped_release release;
+    block.record_stream(handle);
+}
+
+Bytes resident_bytes(const py::object& object) {
+    const at::Tensor tensor = to_tensor(object);
+    const torch::ElasticBlock& block = to_block(tensor);
+    const py::gil_scoped_release release;  // a thread that grows it holds its lock while it waits for memory
+    return block.resident_bytes();
 }
 
 }  // namespace
 
 void bind_tensors(py::module_& module) {
     using py::arg;
+    // What ElasticAllocator throws into torch, whose own bindings turn it into this class.
+    py::register_local_exception_translator([](std::exception_ptr thrown) {
+        try {
+            if (thrown) std::rethrow_exception(thrown);
+        } catch (const c10::OutOfMemoryError& error) {
+            py::set_error(py::module_::import("torch").attr("OutOfMemoryError"), error.what_without_backtrace());
+        }
+    });
+    module.def(
+        "zeros", &zeros, arg("shape"), arg("dtype"), arg("model"),
+        R"(A contiguous tensor of fixed size on the model's memory: zero, charged to the model, freed with its last view.
+
+Raises InvalidArgument, OutOfVirtualMemory, ModelNotFound, torch.OutOfMemoryError.)");
     module.def("empty", &empty, arg("shape"), arg("max_shape"), arg("dtype"), arg("model"), py::kw_only(),
-               arg("device") = py::none(), arg("dim") = py::none(), arg("scrub") = true);
-    module.def("grow_", &grow, arg("tensor"), arg("length"), py::kw_only(), arg("exact") = false);
-    module.def("shrink_", &shrink, arg("tensor"), arg("length"));
-    module.def("prefetch", &prefetch, arg("tensor"), arg("length"));
-    module.def("record_stream", &record_stream, arg("tensor"), arg("stream"));
-    module.def("is_elastic", [](const py::object& t) { return torch::block_of(to_tensor(t)) != nullptr; }, arg("tensor"));
-    module.def("resident_bytes", [](const py::object& t) { return to_block(to_tensor(t)).resident_bytes(); }, arg("tensor"));
-    module.def("model_of", [](const py::object& t) { return to_block(to_tensor(t)).model(); }, arg("tensor"));
+               arg("device") = py::none(), arg("dim") = py::none(), arg("scrub") = true,
+               R"(A tensor whose addresses are reserved for max_shape while only `shape` is resident.
+
+The shapes may differ in one dimension, the one that grows; `dim` names it where they don't (default: the first). Strides
+are those of max_shape; where dimensions come before the growing one, each of their indices starts on a page of its own.
+dtype: a torch.dtype of plain elements. model: a Model, which the memory is charged to; `device`, if given, is checked
+against the model's. With scrub, bytes that become resident read as zeros; without, they may hold what this model wrote
+there before, never what another did. The memory is freed when the last view dies.
+
+A tensor of length 0 has data_ptr() 0, as any empty tensor; untyped_storage().data_ptr() is its address from the start.
+Raises InvalidArgument, OutOfVirtualMemory, OutOfPhysicalMemory, ModelNotFound.)");
+    module.def("grow_", &grow, arg("tensor"), arg("length"), py::kw_only(), arg("exact") = false,
+               R"(Grows the tensor in place to `length` along its growing dimension, and returns it.
+
+Same object, address and storage; values and older views stay; no copy. Unless `exact`, it may map up to 1/8 of what the
+tensor holds ahead, so that growth step by step takes few driver calls. All or nothing.
+Raises InvalidArgument (beyond max_shape, below the present length, not an elastic tensor), OutOfPhysicalMemory, ModelNotFound.)");
+    module.def("shrink_", &shrink, arg("tensor"), arg("length"),
+               R"(Shrinks the tensor in place to `length` along its growing dimension, and returns it.
+
+The memory beyond is given back once work on the current stream and on recorded streams has finished.
+Raises InvalidArgument above the present length, and while other tensors share the storage, as they could reach into it.)");
+    module.def(
+        "prefetch", &prefetch, arg("tensor"), arg("length"),
+        "Maps memory up to `length` in the background; the tensor keeps its length. Dropped when memory is short.");
+    module.def(
+        "record_stream", &record_stream, arg("tensor"), arg("stream"),
+        "The tensor is used on this stream too (a torch.cuda.Stream or a raw handle): its memory retires until work on "
+        "it is done. The stream must outlive the tensor.");
+    module.def(
+        "is_elastic", [](const py::object& t) { return is_elastic(to_tensor(t)); }, arg("tensor"),
+        "True for tensors made by empty(), and for views of them.");
+    module.def("resident_bytes", &resident_bytes, arg("tensor"),
+               "Bytes that the tensor's present length takes, in all rows; pages may take more.");
+    module.def(
+        "model_of", [](const py::object& t) { return to_block(to_tensor(t)).model(); }, arg("tensor"),
+        "The Model that the tensor's memory is charged to.");
 }
 
 }  // namespace elastikv::bindings

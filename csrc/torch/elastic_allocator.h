@@ -7,19 +7,19 @@
 
 namespace elastikv::torch {
 
-// For tensors on the model's device, CPU or CUDA. Each allocation is an extent of its own, on pages of its own: meant for
-// few large blocks, not for every activation. Holds the model; must outlive no tensor. Thread safe.
+// For tensors on the model's device, CPU or CUDA. Each allocation is an extent of its own, on pages of its own: meant
+// for few large blocks, not for every activation. Holds the model; must outlive no tensor. Thread safe.
 class ElasticAllocator final : public c10::Allocator {
-   public:
+  public:
     explicit ElasticAllocator(ModelPtr model, bool scrub = true) : model_(std::move(model)), scrub_(scrub) {}
 
-    // The bytes are zero unless scrub is off. 0 bytes give a null pointer. Throws c10::OutOfMemoryError with who holds what;
-    // other faults are VmmErrors.
+    // The bytes are zero unless scrub is off. 0 bytes give a null pointer. Throws c10::OutOfMemoryError with who holds
+    // what; other faults are VmmErrors.
     c10::DataPtr allocate(std::size_t bytes) override;
     // Asynchronous on CUDA: ordered on the current stream.
     void copy_data(void* to, const void* from, std::size_t bytes) const override;
 
-   private:
+  private:
     const ModelPtr model_;
     const bool scrub_;
 };

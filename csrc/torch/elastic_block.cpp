@@ -18,9 +18,19 @@ void free_block(void* context) { delete static_cast<ElasticBlock*>(context); }
 }  // namespace
 
 ElasticBlock::ElasticBlock(const ModelPtr& model, RowLayout layout, TensorGeometry geometry, bool scrub)
-    : region_(model->reserve(total_addresses(layout))), layout_(layout), geometry_(std::move(geometry)), scrub_(scrub) {}
+    : region_(model->reserve(total_addresses(layout))),
+      layout_(layout),
+      geometry_(std::move(geometry)),
+      scrub_(scrub) {}
 
-ElasticBlock::~ElasticBlock() { region_->set_final_streams(users()); }
+ElasticBlock::~ElasticBlock() {
+    try {
+        region_->set_final_streams(users());
+    } catch (...) {
+        // torch can't name the current stream any more, as at exit: the recorded ones are all that is known.
+        region_->set_final_streams(std::move(recorded_));
+    }
+}
 
 std::uint64_t ElasticBlock::length() const {
     const std::lock_guard lock(mutex_);
@@ -55,6 +65,8 @@ void ElasticBlock::grow(std::uint64_t length, bool exact) {
         }
     }
     length_ = length;
+    // Whoever grows it uses it there, and may drop it under another stream.
+    add_stream(options.stream);
 }
 
 void ElasticBlock::shrink(std::uint64_t length) {
@@ -82,6 +94,10 @@ void ElasticBlock::prefetch(std::uint64_t length) {
 
 void ElasticBlock::record_stream(Stream stream) {
     const std::lock_guard lock(mutex_);
+    add_stream(stream);
+}
+
+void ElasticBlock::add_stream(Stream stream) {
     if (std::find(recorded_.begin(), recorded_.end(), stream) == recorded_.end()) recorded_.push_back(stream);
 }
 

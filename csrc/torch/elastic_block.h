@@ -12,12 +12,13 @@
 
 namespace elastikv::torch {
 
-// Rows of equal stride, of which the same front is resident in each. A tensor that grows along its first dimension is one
-// row; one that grows along dimension d has a row for each index of the dimensions before d, each on pages of its own.
+// Rows of equal stride, of which the same front is resident in each. A tensor that grows along its first dimension is
+// one row; one that grows along dimension d has a row for each index of the dimensions before d, each on pages of its
+// own.
 struct RowLayout {
     std::uint64_t rows = 1;
-    Bytes stride = 0;      // from row to row
-    Bytes unit = 0;        // bytes of a row for each index of the growing dimension
+    Bytes stride = 0;              // from row to row
+    Bytes unit = 0;                // bytes of a row for each index of the growing dimension
     std::uint64_t max_length = 0;  // of the growing dimension
 
     Bytes row_offset(std::uint64_t row) const { return row * stride; }
@@ -30,11 +31,12 @@ struct TensorGeometry {
     std::vector<std::int64_t> max_shape;
     std::vector<std::int64_t> strides;  // in elements
     std::int64_t dim = 0;               // the one that grows
+    Bytes itemsize = 0;
 };
 
 // Owned by a storage's DataPtr, so it dies with the last view. Thread safe, its mutex is taken before the model's.
 class ElasticBlock {
-   public:
+  public:
     // Reserves addresses for max_length; nothing is resident. Throws OutOfVirtualMemory, ModelNotFound.
     ElasticBlock(const ModelPtr& model, RowLayout layout, TensorGeometry geometry, bool scrub);
     // The memory retires until work on the current stream and on recorded ones is done.
@@ -62,8 +64,9 @@ class ElasticBlock {
     // The block behind a DataPtr, or null if it is not elastic.
     static ElasticBlock* from(const c10::DataPtr& data);
 
-   private:
+  private:
     std::vector<Stream> users() const;
+    void add_stream(Stream stream);
     std::vector<ByteRange> row_parts(std::uint64_t rows, Bytes begin, Bytes end) const;
 
     const std::unique_ptr<Region> region_;

@@ -7,6 +7,8 @@
 #include <limits>
 #include <string>
 
+#include "torch/elastic_allocator.h"
+
 namespace elastikv::torch {
 namespace {
 
@@ -30,10 +32,12 @@ std::int64_t growing_dim(const ElasticShape& wanted) {
     for (std::int64_t i = 0; i < dims; ++i) {
         if (max_shape[i] < 1) throw InvalidArgument("every dimension of max_shape must be at least 1: " + both);
         if (shape[i] < 0 || shape[i] > max_shape[i]) {
-            throw InvalidArgument("dimension " + std::to_string(i) + " of shape must be between 0 and max_shape's: " + both);
+            throw InvalidArgument("dimension " + std::to_string(i) +
+                                  " of shape must be between 0 and max_shape's: " + both);
         }
         if (shape[i] == max_shape[i]) continue;
-        if (dim >= 0) throw InvalidArgument("shape and max_shape may differ in one dimension only, the one that grows: " + both);
+        if (dim >= 0)
+            throw InvalidArgument("shape and max_shape may differ in one dimension only, the one that grows: " + both);
         dim = i;
     }
     if (!wanted.dim) return dim < 0 ? 0 : dim;
@@ -42,8 +46,8 @@ std::int64_t growing_dim(const ElasticShape& wanted) {
         throw InvalidArgument("dim " + std::to_string(*wanted.dim) + " is not a dimension of " + format(max_shape));
     }
     if (dim >= 0 && dim != asked) {
-        throw InvalidArgument("shape and max_shape differ in dimension " + std::to_string(dim) + ", not in the growing one, " +
-                              std::to_string(asked) + ": " + both);
+        throw InvalidArgument("shape and max_shape differ in dimension " + std::to_string(dim) +
+                              ", not in the growing one, " + std::to_string(asked) + ": " + both);
     }
     return asked;
 }
@@ -63,7 +67,7 @@ struct Placement {
 
 Placement place(const Sizes& max_shape, std::int64_t dim, Bytes item, Bytes page) {
     Placement placed;
-    placed.geometry = {max_shape, Sizes(max_shape.size(), 1), dim};
+    placed.geometry = {max_shape, Sizes(max_shape.size(), 1), dim, item};
     Sizes& strides = placed.geometry.strides;
     RowLayout& layout = placed.layout;
     Bytes stride = 1;  // in elements
@@ -86,9 +90,12 @@ Placement place(const Sizes& max_shape, std::int64_t dim, Bytes item, Bytes page
 
 // True for the elastic tensor itself and for older aliases of it that differ in length only.
 bool is_whole(const at::Tensor& tensor, const TensorGeometry& geometry) {
-    if (tensor.storage_offset() != 0 || tensor.dim() != static_cast<std::int64_t>(geometry.max_shape.size())) return false;
+    const bool same_kind = tensor.storage_offset() == 0 && tensor.itemsize() == geometry.itemsize &&
+                           tensor.dim() == static_cast<std::int64_t>(geometry.max_shape.size());
+    if (!same_kind) return false;
     for (std::int64_t i = 0; i < tensor.dim(); ++i) {
-        const bool size_fits = i == geometry.dim ? tensor.size(i) <= geometry.max_shape[i] : tensor.size(i) == geometry.max_shape[i];
+        const bool size_fits =
+            i == geometry.dim ? tensor.size(i) <= geometry.max_shape[i] : tensor.size(i) == geometry.max_shape[i];
         if (!size_fits || tensor.stride(i) != geometry.strides[i]) return false;
     }
     return true;
@@ -116,8 +123,8 @@ Target checked_target(const at::Tensor& tensor, const char* doing) {
     return {block, block->geometry().dim};
 }
 
-// How many references to a storage its Python wrapper has, which is no tensor and checks its bounds: 0 or 1. The wrapper
-// holds the storage strongly, except in torch up to 2.9 while the storage is what keeps the wrapper alive.
+// How many references to a storage its Python wrapper has, which is no tensor and checks its bounds: 0 or 1. The
+// wrapper holds the storage strongly, except in torch up to 2.9 while the storage is what keeps the wrapper alive.
 template <typename Slot>
 std::size_t references_of_wrapper(const Slot& slot) {
     if constexpr (requires { slot.owns_pyobj(); }) {
@@ -132,6 +139,25 @@ std::size_t tensors_on(const c10::Storage& storage) {
     return storage.use_count() - references_of_wrapper(*storage.unsafeGetStorageImpl()->pyobj_slot());
 }
 
+caffe2::TypeMeta plain_type(at::ScalarType dtype) {
+    if (dtype == at::ScalarType::Undefined || c10::isQIntType(dtype)) {
+        throw InvalidArgument(std::string("dtype ") + c10::toString(dtype) + " has no plain elements to lay out");
+    }
+    return c10::scalarTypeToTypeMeta(dtype);
+}
+
+// Not resizable: torch would replace the memory by its own.
+c10::Storage storage_of(c10::DataPtr data, Bytes bytes) {
+    return c10::Storage(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
+                                                              std::move(data),
+                                                              /*allocator=*/nullptr, /*resizable=*/false));
+}
+
+at::Tensor tensor_on(c10::Storage storage, caffe2::TypeMeta type) {
+    const auto key = storage.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
+    return at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), type);
+}
+
 void set_length(const at::Tensor& tensor, const Target& target, std::int64_t length) {
     Sizes sizes = tensor.sizes().vec();
     sizes[target.dim] = length;
@@ -144,28 +170,37 @@ void set_storage_size(const at::Tensor& tensor, const ElasticBlock& block) {
 
 }  // namespace
 
-at::Tensor empty(const ModelPtr& model, const ElasticShape& wanted, at::ScalarType dtype, bool scrub) {
-    const std::int64_t dim = growing_dim(wanted);
-    if (dtype == at::ScalarType::Undefined || c10::isQIntType(dtype)) {
-        throw InvalidArgument(std::string("dtype ") + c10::toString(dtype) + " has no plain elements to lay out");
+at::Tensor zeros(const ModelPtr& model, const Sizes& shape, at::ScalarType dtype) {
+    const auto type = plain_type(dtype);
+    Bytes bytes = type.itemsize();
+    for (const std::int64_t size : shape) {
+        if (size < 0) throw InvalidArgument("a size below 0 in shape " + format(shape));
+        bytes = checked_product(bytes, static_cast<Bytes>(size), shape);
     }
-    const auto type = c10::scalarTypeToTypeMeta(dtype);
-    const Bytes page = model->pool().page_size();
-    const Placement placed = place(wanted.max_shape, dim, type.itemsize(), page);
+    at::Tensor tensor = tensor_on(storage_of(ElasticAllocator(model).allocate(bytes), bytes), type);
+    tensor.unsafeGetTensorImpl()->set_sizes_contiguous(shape);
+    return tensor;
+}
+
+ElasticStorage make_storage(const ModelPtr& model, const ElasticShape& wanted, at::ScalarType dtype, bool scrub) {
+    const std::int64_t dim = growing_dim(wanted);
+    const auto type = plain_type(dtype);
+    const Placement placed = place(wanted.max_shape, dim, type.itemsize(), model->pool().page_size());
     auto block = std::make_unique<ElasticBlock>(model, placed.layout, placed.geometry, scrub);
     block->grow(static_cast<std::uint64_t>(wanted.shape[dim]), true);
-
-    const c10::Device device = torch_device(model->pool().device());
     const Bytes reach = placed.layout.reach(block->length());
-    // Not resizable: torch would replace the memory by its own. grow and shrink are the way.
-    auto storage = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), reach,
-                                                         ElasticBlock::into_data_ptr(std::move(block)),
-                                                         /*allocator=*/nullptr, /*resizable=*/false);
-    const auto key = device.is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
-    at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(storage)),
-                                                                 c10::DispatchKeySet(key), type);
-    tensor.unsafeGetTensorImpl()->set_sizes_and_strides(wanted.shape, placed.geometry.strides);
+    return {storage_of(ElasticBlock::into_data_ptr(std::move(block)), reach), wanted.shape, placed.geometry.strides,
+            type, placed.layout.rows > 1};
+}
+
+at::Tensor tensor_over(const ElasticStorage& made) {
+    at::Tensor tensor = tensor_on(made.storage, made.type);
+    tensor.unsafeGetTensorImpl()->set_sizes_and_strides(made.shape, made.strides);
     return tensor;
+}
+
+at::Tensor empty(const ModelPtr& model, const ElasticShape& wanted, at::ScalarType dtype, bool scrub) {
+    return tensor_over(make_storage(model, wanted, dtype, scrub));
 }
 
 void grow(const at::Tensor& tensor, std::int64_t length, bool exact) {
@@ -173,30 +208,33 @@ void grow(const at::Tensor& tensor, std::int64_t length, bool exact) {
     const std::int64_t present = tensor.size(target.dim);
     const std::uint64_t most = target.block->layout().max_length;
     if (length < present) {
-        throw InvalidArgument("grow_ to length " + std::to_string(length) + ", below the present " + std::to_string(present) +
-                              "; use shrink_");
+        throw InvalidArgument("grow_ to length " + std::to_string(length) + ", below the present " +
+                              std::to_string(present) + "; use shrink_");
     }
     if (static_cast<std::uint64_t>(length) > most) {
-        throw InvalidArgument("grow_ to length " + std::to_string(length) + ", beyond max_shape's " + std::to_string(most));
+        throw InvalidArgument("grow_ to length " + std::to_string(length) + ", beyond max_shape's " +
+                              std::to_string(most));
     }
     target.block->grow(static_cast<std::uint64_t>(length), exact);
     set_storage_size(tensor, *target.block);
     set_length(tensor, target, length);
 }
 
-void shrink(const at::Tensor& tensor, std::int64_t length) {
+void shrink(const at::Tensor& tensor, std::int64_t length, std::size_t own_references) {
     const Target target = checked_target(tensor, "shrink_");
     const std::int64_t present = tensor.size(target.dim);
     if (length < 0 || length > present) {
-        throw InvalidArgument("shrink_ to length " + std::to_string(length) + ", which is not between 0 and the present " +
-                              std::to_string(present));
+        throw InvalidArgument("shrink_ to length " + std::to_string(length) +
+                              ", which is not between 0 and the present " + std::to_string(present));
     }
     if (static_cast<std::uint64_t>(length) == target.block->length()) return;
-    const std::size_t tensors = tensors_on(tensor.storage());
-    if (tensors > 1) {
-        throw InvalidArgument("shrink_ while " + std::to_string(tensors - 1) +
-                              " other tensors (views, slices) share the storage: they could reach into memory that is given "
-                              "back. Drop them first");
+    // Other tensors share the storage; other holders of this very tensor (DLPack, autograd) share its implementation.
+    const std::size_t others = tensors_on(tensor.storage()) - 1 + tensor.use_count() - own_references;
+    if (others > 0) {
+        throw InvalidArgument(
+            "shrink_ while " + std::to_string(others) +
+            " others (views, slices, exports) share the storage: they could reach into memory that is "
+            "given back. Drop them first");
     }
     target.block->shrink(static_cast<std::uint64_t>(length));
     set_storage_size(tensor, *target.block);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Storage.h>
 
 #include <optional>
 #include <vector>
@@ -24,12 +25,28 @@ struct ElasticShape {
 // Throws InvalidArgument for shapes that don't fit each other, and the errors of ElasticBlock::grow.
 at::Tensor empty(const ModelPtr& model, const ElasticShape& shape, at::ScalarType dtype, bool scrub);
 
-// Changes the length of the growing dimension in place: same object, same address, same storage, values kept; views that
-// were taken before keep their own length. grow throws InvalidArgument beyond max_shape, below the present length, or for a
-// tensor that is not the elastic tensor itself; shrink throws it above the present length, or while other tensors share
-// the storage, as they may reach into what would be unmapped.
+// The two halves of empty(), for a caller that has something to do with the storage before a tensor holds it.
+struct ElasticStorage {
+    c10::Storage storage;
+    std::vector<std::int64_t> shape;
+    std::vector<std::int64_t> strides;
+    caffe2::TypeMeta type;
+    bool has_gaps = false;  // addresses without memory between its rows
+};
+ElasticStorage make_storage(const ModelPtr& model, const ElasticShape& shape, at::ScalarType dtype, bool scrub);
+at::Tensor tensor_over(const ElasticStorage& made);
+
+// Changes the length of the growing dimension in place: same object, same address, same storage, values kept; views
+// that were taken before keep their own length. grow throws InvalidArgument beyond max_shape, below the present length,
+// or for a tensor that is not the elastic tensor itself; shrink throws it above the present length, or while other
+// tensors share the storage, as they may reach into what would be unmapped.
 void grow(const at::Tensor& tensor, std::int64_t length, bool exact);
-void shrink(const at::Tensor& tensor, std::int64_t length);
+// `own_references` is how many the caller holds to the very tensor.
+void shrink(const at::Tensor& tensor, std::int64_t length, std::size_t own_references = 1);
+
+// A contiguous tensor of fixed size on the model's memory, by ElasticAllocator: zero, charged to the model, freed with
+// its last view. Throws InvalidArgument, OutOfVirtualMemory, ModelNotFound, c10::OutOfMemoryError.
+at::Tensor zeros(const ModelPtr& model, const std::vector<std::int64_t>& shape, at::ScalarType dtype);
 
 // The block behind a tensor or a view of one, or null.
 ElasticBlock* block_of(const at::Tensor& tensor);

@@ -35,6 +35,7 @@ from elastikv._core import (  # noqa: E402
     record_stream,
     resident_bytes,
     shrink_,
+    zeros,
 )
 from elastikv.errors import *  # noqa: E402, F403
 
@@ -50,13 +51,14 @@ __all__ = [
     "devices",
     "empty",
     "grow_",
-    "hf",
+    "hf",  # noqa: F405 (loaded when asked for)
     "is_elastic",
     "model_of",
     "prefetch",
     "record_stream",
     "resident_bytes",
     "shrink_",
+    "zeros",
     *errors.__all__,
 ]
 

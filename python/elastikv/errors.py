@@ -33,7 +33,7 @@ class VmmError(RuntimeError):
 
 
 class CudaError(VmmError):
-    """A driver call failed for a reason that no other class names. `code` is the driver's (a CUresult), 0 if it gave none."""
+    """A driver call failed for a reason that no other class names. `code` is the CUresult, 0 if there is none."""
 
     code: int = 0
 
