@@ -1,0 +1,3 @@
+from elastikv.cli import main
+
+main()
