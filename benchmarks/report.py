@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Turns a run of bench_growth into a results file, and results files into the README's table.
+
+    benchmarks/report.py collect RAW.json              # Google Benchmark's output -> benchmarks/results/growth-*.json
+    benchmarks/report.py show FILE.json                # the table with ratios and bars, on the terminal
+    benchmarks/report.py readme                        # writes the table of the newest results into README.md
+
+Ratios compare rows of one run, so they mean the same on a slow machine and on a fast one. Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- growth: made by benchmarks/report.py readme -->", "<!-- growth: end -->"
+
+NAMES = {
+    "floor": "driver's floor: one handle",
+    "plain_mmap": "plain anonymous mmap",
+    "page_by_page": "a handle a page",
+    "known_size": "elastikv, known size",
+    "open_ended": "elastikv, in steps of 2 MiB",
+    "parked": "elastikv, from parked",
+}
+
+
+def output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def machine(context: dict[str, Any]) -> dict[str, str]:
+    smi = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
+    gpu, driver = smi[0].split(", ") if smi else ("", "")
+    cpuinfo = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    model = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
+    version = str(context.get("cuda_driver", ""))
+    return {
+        "cpu": model[0] if model else platform.machine(),
+        "cores": str(context.get("num_cpus", "")),
+        "gpu": context.get("cuda_device", gpu) or gpu,
+        "driver": driver,
+        "cuda": f"{int(version) // 1000}.{int(version) % 1000 // 10}" if version else "",
+        "kernel": platform.release(),
+    }
+
+
+def collect(raw: pathlib.Path, commit: str, folder: pathlib.Path) -> pathlib.Path:
+    """Writes the medians of Google Benchmark's JSON `raw` as a results file in `folder` and returns its path."""
+    data = json.loads(raw.read_text())
+    rows: dict[str, dict[str, float]] = {}
+    for run in data["benchmarks"]:
+        if run.get("aggregate_name") != "median":
+            continue
+        name = run["run_name"].split("/iterations:")[0]
+        counters = {key: run[key] for key in ("driver_calls", "extents", "overshoot") if key in run}
+        rows[name] = {"microseconds": run["real_time"], **counters}
+    where = machine(data["context"])
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    label = (where["gpu"] if any(name.startswith("cuda") for name in rows) else "host").lower().replace(" ", "-")
+    result = {"benchmark": "growth", "date": date, "commit": commit, **where, "bytes": 1 << 30, "rows": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"growth-{label}-{date}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def lines(result: dict[str, Any], device: str) -> list[tuple[str, str, str, str, str]]:
+    """Rows of the table for one device: name, time, against the floor, driver calls, overshoot."""
+    mine = [name for name in result["rows"] if name.startswith(f"{device}/")]
+    rows = {name.removeprefix(f"{device}/"): result["rows"][name] for name in mine}
+    floor = rows["floor"]["microseconds"]
+    table = []
+    for key, title in NAMES.items():
+        if key not in rows:
+            continue
+        row = rows[key]
+        time = f"{row['microseconds']:.1f} µs" if row["microseconds"] < 1000 else f"{row['microseconds'] / 1000:.2f} ms"
+        overshoot = f"{row['overshoot'] * 100:.1f} %" if "overshoot" in row else ""
+        calls = f"{row['driver_calls']:.0f}" if "driver_calls" in row else ""
+        table.append((title, time, f"{row['microseconds'] / floor:.3g} x", calls, overshoot))
+    return table
+
+
+def bars(result: dict[str, Any], device: str) -> list[tuple[str, float, float, bool]]:
+    """What must hold of one run on a GPU: what, value, bar, whether it does."""
+    row = {key: result["rows"][f"{device}/{key}"] for key in NAMES if f"{device}/{key}" in result["rows"]}
+    time = {key: each["microseconds"] for key, each in row.items()}
+    known, faster = time["known_size"] / time["floor"], time["page_by_page"] / time["open_ended"]
+    overshoot, calls = row["open_ended"]["overshoot"], row["parked"]["driver_calls"]
+    return [
+        ("known size against the floor, at most", known, 1.3, known <= 1.3),
+        ("open-ended: times faster than a handle a page, at least", faster, 10, faster >= 10),
+        ("open-ended overshoot, at most", overshoot, 0.125, overshoot <= 0.125),
+        ("from parked: driver calls, at most", calls, 0, calls == 0),
+        ("from parked: microseconds, at most", time["parked"], 5, time["parked"] <= 5),
+    ]
+
+
+def devices(result: dict[str, Any]) -> list[str]:
+    return sorted({name.split("/")[0] for name in result["rows"]}, reverse=True)
+
+
+def show(result: dict[str, Any]) -> bool:
+    """Prints the tables and the bars; False if a bar of a GPU is missed."""
+    fine = True
+    for device in devices(result):
+        chip = result["cpu" if device == "cpu" else "gpu"]
+        print(f"{device}: {chip}, {result['date']}, commit {result['commit']}")
+        for title, time, ratio, calls, overshoot in lines(result, device):
+            print(f"  {title:34} {time:>12} {ratio:>10} {calls:>6} calls {overshoot:>8}")
+        if device == "cpu":
+            continue
+        for what, value, bar, holds in bars(result, device):
+            print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.3g}")
+            fine = fine and holds
+    return fine
+
+
+def markdown(result: dict[str, Any], device: str) -> str:
+    gpu = f"{result['gpu']}, driver {result['driver']}, CUDA {result['cuda']}"
+    where = "the host backend" if device == "cpu" else gpu
+    text = [f"1 GiB made resident on {where} ({result['date']}, commit {result['commit']}):", ""]
+    text += ["| | time | against the floor | driver calls | overshoot |", "|---|---:|---:|---:|---:|"]
+    text += ["| " + " | ".join(row) + " |" for row in lines(result, device)]
+    return "\n".join(text)
+
+
+def readme() -> None:
+    """Replaces the README's table by one of the newest results."""
+    newest = max(RESULTS.glob("growth-*.json"), key=lambda path: (json.loads(path.read_text())["date"], path.name))
+    result = json.loads(newest.read_text())
+    path = ROOT / "README.md"
+    before, rest = path.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    tables = "\n\n".join(markdown(result, device) for device in devices(result))
+    path.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    collecting = commands.add_parser("collect")
+    collecting.add_argument("raw", type=pathlib.Path)
+    collecting.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    known = os.environ.get("ELASTIKV_COMMIT") or output_of("git", "rev-parse", "--short", "HEAD")
+    collecting.add_argument("--commit", default=known or "unknown", help="default: $ELASTIKV_COMMIT, or git's HEAD")
+    showing = commands.add_parser("show")
+    showing.add_argument("file", type=pathlib.Path)
+    commands.add_parser("readme")
+    arguments = parser.parse_args()
+    if arguments.command == "collect":
+        path = collect(arguments.raw, arguments.commit, arguments.out)
+        print(path)
+        return 0 if show(json.loads(path.read_text())) else 1
+    if arguments.command == "show":
+        return 0 if show(json.loads(arguments.file.read_text())) else 1
+    readme()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
