@@ -163,21 +163,12 @@ void plain_mmap(benchmark::State& state) {
     }
 }
 
-template <typename Run>
-void add(const std::string& device, const char* name, Run run) {
-    benchmark::RegisterBenchmark((device + "/" + name).c_str(), run)
-        ->UseManualTime()
-        ->Iterations(1)
-        ->Repetitions(repetitions)
-        ->ReportAggregatesOnly()
-        ->Unit(benchmark::kMicrosecond);
-}
-
-// The driver's first calls are slower than all later ones, whichever row they fall into.
+// A driver that was idle for a moment answers its next calls more slowly, whichever row they fall into: so every
+// repetition of every row comes right behind the same calls, untimed.
 void warm_up(VmmDriver& driver) {
     Address base = 0;
     must(driver.reserve(total, 0, base));
-    for (int round = 0; round < 2 * repetitions; ++round) {
+    for (int round = 0; round < 5; ++round) {
         ExtentHandle handle;
         must(driver.create(total, handle));
         must(driver.map(base, total, handle));
@@ -188,16 +179,32 @@ void warm_up(VmmDriver& driver) {
     must(driver.free_addresses(base, total));
 }
 
+template <typename Run>
+void add(const std::string& device, const char* name, Run run) {
+    benchmark::RegisterBenchmark((device + "/" + name).c_str(), run)
+        ->UseManualTime()
+        ->Iterations(1)
+        ->Repetitions(repetitions)
+        ->ReportAggregatesOnly()
+        ->Unit(benchmark::kMicrosecond);
+}
+
 void add_all(const std::string& device, const DriverPtr& driver) {
-    warm_up(*driver);
-    add(device, "floor", [=](benchmark::State& s) { by_handles(s, driver, total, false); });
-    add(device, "page_by_page", [=](benchmark::State& s) { by_handles(s, driver, page, false); });
-    add(device, "known_size", [=](benchmark::State& s) { known_size(s, driver, false); });
-    add(device, "open_ended", [=](benchmark::State& s) { open_ended(s, driver); });
-    add(device, "parked", [=](benchmark::State& s) { parked(s, driver); });
-    add(device, "give_back/floor", [=](benchmark::State& s) { by_handles(s, driver, total, true); });
-    add(device, "give_back/page_by_page", [=](benchmark::State& s) { by_handles(s, driver, page, true); });
-    add(device, "give_back/known_size", [=](benchmark::State& s) { known_size(s, driver, true); });
+    const auto row = [&](const char* name, auto run) {
+        add(device, name, [=](benchmark::State& state) {
+            warm_up(*driver);
+            run(state, driver);
+        });
+    };
+    using benchmark::State;
+    row("floor", [](State& s, const DriverPtr& d) { by_handles(s, d, total, false); });
+    row("page_by_page", [](State& s, const DriverPtr& d) { by_handles(s, d, page, false); });
+    row("known_size", [](State& s, const DriverPtr& d) { known_size(s, d, false); });
+    row("open_ended", [](State& s, const DriverPtr& d) { open_ended(s, d); });
+    row("parked", [](State& s, const DriverPtr& d) { parked(s, d); });
+    row("give_back/floor", [](State& s, const DriverPtr& d) { by_handles(s, d, total, true); });
+    row("give_back/page_by_page", [](State& s, const DriverPtr& d) { by_handles(s, d, page, true); });
+    row("give_back/known_size", [](State& s, const DriverPtr& d) { known_size(s, d, true); });
 }
 
 }  // namespace
