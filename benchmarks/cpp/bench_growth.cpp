@@ -218,8 +218,14 @@ int main(int argc, char** argv) {
         benchmark::AddCustomContext("cuda_device", cuda_driver(0)->capabilities().name);
         benchmark::AddCustomContext("cuda_driver", std::to_string(cuda_driver_version()));
     }
-    benchmark::Initialize(&argc, argv);
-    if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+    // Repetitions of all rows in random order: a machine whose clocks change over seconds would else favour some rows.
+    std::string interleaving = "--benchmark_enable_random_interleaving=true";
+    std::vector<char*> arguments(argv, argv + argc);
+    arguments.insert(arguments.begin() + 1, interleaving.data());
+    arguments.push_back(nullptr);
+    int count = argc + 1;
+    benchmark::Initialize(&count, arguments.data());
+    if (benchmark::ReportUnrecognizedArguments(count, arguments.data())) return 1;
     benchmark::RunSpecifiedBenchmarks();
     return 0;
 }
