@@ -25,7 +25,7 @@ void VirtualMemoryPool::retire(std::vector<ByteRange> parts, std::span<const Str
 
 // Carries what the device has finished into the books. Gives memory back on the host, where no one waits for a device;
 // elsewhere the worker does, as unmapping costs tens of microseconds a handle.
-void VirtualMemoryPool::settle_passed() {
+void VirtualMemoryPool::settle_passed(bool on_worker) {
     std::erase_if(scrubbing_, [this](const auto& pending) {
         Extent* const extent = table_.find(pending.first);
         if (extent == nullptr || extent->zeroing != pending.second) return true;
@@ -38,10 +38,10 @@ void VirtualMemoryPool::settle_passed() {
         for (const ByteRange& part : batch.parts) table_.settle(part, batch.id);
     }
     if (!over_park_limit()) return;
-    if (driver_->capabilities().asynchronous) {
-        worker_.wake();
-    } else {
+    if (!driver_->capabilities().asynchronous) {
         give_back_excess();
+    } else if (!on_worker) {  // who would else call itself without a pause while the driver refuses
+        worker_.wake();
     }
 }
 
@@ -179,7 +179,7 @@ bool VirtualMemoryPool::work_step() {
         lock.unlock();  // between extents, so that a caller who wants to grow waits for one driver call at most
         lock.lock();
     }
-    settle_passed();
+    settle_passed(/*on_worker=*/true);
     while (over_park_limit() && !closed_) {
         Extent* victim = nullptr;
         for (const auto& [since, begin] : table_.parked()) {

@@ -122,7 +122,7 @@ class VirtualMemoryPool {
 
     // reclaim.cpp
     void retire(std::vector<ByteRange> parts, std::span<const Stream> streams, std::shared_ptr<ReleaseGate> gate);
-    void settle_passed();
+    void settle_passed(bool on_worker = false);
     bool over_park_limit() const;
     Bytes give_back_parked(Bytes wanted);
     Bytes give_back_excess();
