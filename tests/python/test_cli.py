@@ -128,9 +128,14 @@ def test_demo_exits_1_when_a_token_differs(tiny_models, tmp_path, monkeypatch):
         (("--models", "random", "--limit", "lots"), "not a size"),
         (("--models", "random", "--shift", "0", "--device", "cpu"), "above 0"),
         (("--models", "random", "--max-requests", "0", "--device", "cpu"), "above 0"),
+        (("--model", "EMPTY", "--device", "cpu"), "EMPTY"),
+        (("--models", "random", "--time-scale", "inf", "--device", "cpu"), "finite"),
+        (("--models", "random", "--token-scale", "nan", "--device", "cpu"), "finite"),
     ],
 )
 def test_demo_exits_2_for_what_it_cannot_do(tmp_path, arguments, complaint):
+    (tmp_path / "EMPTY").mkdir()
+    arguments = [str(tmp_path / "EMPTY") if argument == "EMPTY" else argument for argument in arguments]
     result = invoke("demo", *arguments, "--out", tmp_path)
     assert result.exit_code == 2
     assert complaint in result.output and "Traceback" not in result.output

@@ -77,7 +77,7 @@ def demo(
     try:
         with screen:
             result = run_demo(options, screen)
-    except (VmmError, OSError) as refused:
+    except (VmmError, OSError, ValueError) as refused:  # transformers says ValueError of a checkpoint that is none
         typer.echo(f"elastikv demo: {refused}", err=True)
         raise typer.Exit(MISSING) from refused
     screen.ended(result)

@@ -82,6 +82,8 @@ def load_roles(models: str, *, device: str, dtype: torch.dtype) -> list[Role]:
     path = Path(models)
     if not path.exists():
         raise InvalidArgument(f"there is no model {models!r}: give a folder, a .gguf file, 'smollm2' or 'random'")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise InvalidArgument(f"{models} holds no checkpoint: it has no config.json")
     return _checkpoint_roles(path.name, path, device, dtype)
 
 

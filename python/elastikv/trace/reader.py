@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -60,9 +61,11 @@ def scale_trace(
     max_requests: int | None = None,
 ) -> list[TraceRequest]:
     """The first max_requests requests, with times and token counts multiplied; counts never fall below 1."""
-    if not time_scale > 0 or not token_scale > 0 or (max_requests is not None and max_requests < 1):
+    scales_fit = all(math.isfinite(scale) and scale > 0 for scale in (time_scale, token_scale))
+    if not scales_fit or (max_requests is not None and max_requests < 1):
         raise InvalidArgument(
-            f"time scale {time_scale}, token scale {token_scale} and {max_requests} requests must all be above 0"
+            f"time scale {time_scale}, token scale {token_scale} and {max_requests} requests must all be finite and "
+            "above 0"
         )
 
     def scaled(tokens: int) -> int:
