@@ -72,6 +72,8 @@ class Scheduler:
             self._make_way()
         else:
             self._dry_rounds = 0
+        if not self.running:
+            self._drain()  # a quiet pool is shown as it is, not while the device still gives memory back
         self._sample()
         self.clock += 1
 
