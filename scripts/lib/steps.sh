@@ -2,7 +2,6 @@
 # Everything they print also goes to $OUT/gpu-check.log; $OUT is a folder that the sourcing script has made.
 #
 #   step NAME SECONDS COMMAND...   runs a program or a function of the sourcing script
-#   skip NAME REASON
 #   finish                         prints the table, writes it to $OUT, exits 1 if any step failed
 # shellcheck shell=bash
 
@@ -35,7 +34,6 @@ step() {
     [ "$status" -eq 0 ] || FAILED=1
 }
 
-skip() { record "$1" skipped 0 "$2"; }
 
 # timeout(1) takes programs only; a function gets a shell of its own, in a process group that is ended as a whole.
 run_limited() {
