@@ -13,7 +13,7 @@ std::string format_range(const ByteRange& range) {
 }  // namespace
 
 std::string format_bytes(Bytes bytes) {
-    const std::string exact = std::to_string(bytes) + " bytes";
+    std::string exact = std::to_string(bytes) + " bytes";
     if (bytes < KiB) return exact;
     static constexpr std::array units = {"KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
     double value = static_cast<double>(bytes) / 1024.0;

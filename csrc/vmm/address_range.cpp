@@ -16,7 +16,8 @@ AddressRange::AddressRange(MeteredDriverPtr driver, Address base, Bytes size)
 
 AddressRange::~AddressRange() {
     const auto freed = [this] { return driver_->free_addresses(base_, size_).ok(); };
-    if (!freed() && !freed()) driver_->abandon(size_);  // tried twice, as no one else can try again
+    if (freed() || freed()) return;  // NOLINT(misc-redundant-expression): tried twice, as no one else can try again
+    driver_->abandon(size_);
 }
 
 }  // namespace elastikv
