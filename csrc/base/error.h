@@ -101,6 +101,12 @@ class DeviceUnavailable : public VmmError {
     using VmmError::VmmError;
 };
 
+// Memory of another process can't be had: it has exited, does not answer, or has taken the memory back.
+class HandoffFailed : public VmmError {
+  public:
+    using VmmError::VmmError;
+};
+
 // Used after close(), or in a process forked from the one that made the pool.
 class PoolClosed : public VmmError {
   public:

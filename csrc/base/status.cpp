@@ -20,6 +20,9 @@ const char* name_of(DriverCall call) noexcept {
         case DriverCall::destroy_fence: return "destroy_fence";
         case DriverCall::stream_wait: return "stream_wait";
         case DriverCall::synchronize: return "synchronize";
+        case DriverCall::export_fd: return "export_fd";
+        case DriverCall::import_fd: return "import_fd";
+        case DriverCall::allow_peer: return "allow_peer";
     }
     return "unknown call";
 }

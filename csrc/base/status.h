@@ -36,8 +36,11 @@ enum class DriverCall : std::uint8_t {
     destroy_fence,
     stream_wait,
     synchronize,
+    export_fd,
+    import_fd,
+    allow_peer,
 };
-inline constexpr int driver_call_kinds = 16;
+inline constexpr int driver_call_kinds = 19;
 
 const char* name_of(DriverCall call) noexcept;
 const char* name_of(StatusCode code) noexcept;

@@ -1,3 +1,5 @@
+#include <array>
+#include <bit>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -35,6 +37,8 @@ Status status_of(DriverCall call, CUresult result) noexcept {
     }
     return {code, call, static_cast<int>(result)};
 }
+
+constexpr int max_devices = 64;  // as many as peers_ has bits
 
 Status refuse(DriverCall call) noexcept { return {StatusCode::invalid_argument, call, 0}; }
 
@@ -156,16 +160,61 @@ Status CudaDriver::map(Address address, Bytes size, ExtentHandle handle) noexcep
 
 Status CudaDriver::set_access(Address address, Bytes size) noexcept {
     if (!are_units(address, size)) return refuse(DriverCall::set_access);
-    CUmemAccessDesc access{};
-    access.location = properties_.location;
-    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    std::array<CUmemAccessDesc, max_devices + 1> access{};
+    std::size_t count = 0;
+    const auto add = [&](int device) {
+        access[count].location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
+        access[count++].flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    };
+    add(capabilities_.index);
+    for (std::uint64_t left = peers_.load(std::memory_order_acquire); left != 0; left &= left - 1) {
+        add(std::countr_zero(left));
+    }
     return in_context(DriverCall::set_access,
-                      [&](const CudaSymbols& cu) { return cu.cuMemSetAccess_(address, size, &access, 1); });
+                      [&](const CudaSymbols& cu) { return cu.cuMemSetAccess_(address, size, access.data(), count); });
 }
 
 Status CudaDriver::unmap(Address address, Bytes size) noexcept {
     if (!are_units(address, size)) return refuse(DriverCall::unmap);
     return in_context(DriverCall::unmap, [&](const CudaSymbols& cu) { return cu.cuMemUnmap_(address, size); });
+}
+
+Status CudaDriver::export_fd(ExtentHandle handle, int& fd) noexcept {
+    if (!capabilities_.fd_export) return {StatusCode::unsupported, DriverCall::export_fd, 0};
+    int exported = -1;
+    const Status status = in_context(DriverCall::export_fd, [&](const CudaSymbols& cu) {
+        return cu.cuMemExportToShareableHandle_(&exported, handle.value, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+    });
+    if (status.ok()) fd = exported;
+    return status;
+}
+
+Status CudaDriver::import_fd(int fd, Bytes size, ExtentHandle& out) noexcept {
+    if (fd < 0 || !is_unit(size)) return refuse(DriverCall::import_fd);
+    if (!capabilities_.fd_export) return {StatusCode::unsupported, DriverCall::import_fd, 0};
+    CUmemGenericAllocationHandle handle = 0;
+    const Status status = in_context(DriverCall::import_fd, [&](const CudaSymbols& cu) {
+        return cu.cuMemImportFromShareableHandle_(&handle, reinterpret_cast<void*>(static_cast<std::uintptr_t>(fd)),
+                                                  CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+    });
+    if (status.ok()) out = {handle};
+    return status;
+}
+
+Status CudaDriver::allow_peer(int device) noexcept {
+    if (device < 0 || device >= max_devices) return refuse(DriverCall::allow_peer);
+    int reachable = 0;
+    const Status status = in_context(DriverCall::allow_peer, [&](const CudaSymbols& cu) {
+        CUdevice peer = 0;
+        const CUresult found = cu.cuDeviceGet_(&peer, device);
+        if (found == CUDA_ERROR_INVALID_DEVICE) return CUDA_ERROR_INVALID_VALUE;
+        if (found != CUDA_SUCCESS || peer == device_) return found;
+        return cu.cuDeviceCanAccessPeer_(&reachable, peer, device_);
+    });
+    if (!status.ok() || device == capabilities_.index) return status;
+    if (reachable == 0) return {StatusCode::unsupported, DriverCall::allow_peer, 0};
+    peers_.fetch_or(std::uint64_t{1} << device, std::memory_order_acq_rel);
+    return status;
 }
 
 Stream CudaDriver::service_stream() const noexcept { return {reinterpret_cast<std::uintptr_t>(service_)}; }

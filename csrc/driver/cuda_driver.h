@@ -8,6 +8,7 @@
 
 #include <cuda.h>
 
+#include <atomic>
 #include <mutex>
 #include <vector>
 
@@ -15,7 +16,7 @@
 
 namespace elastikv {
 
-// Thread safe: the driver's functions are, and the list of spare events has a mutex.
+// Thread safe: the driver's functions are, the list of spare events has a mutex, and the peers are an atomic.
 class CudaDriver final : public VmmDriver {
   public:
     // Throws DeviceUnavailable where there is no such device or it lacks virtual memory management.
@@ -30,6 +31,9 @@ class CudaDriver final : public VmmDriver {
     Status map(Address address, Bytes size, ExtentHandle handle) noexcept override;
     Status set_access(Address address, Bytes size) noexcept override;
     Status unmap(Address address, Bytes size) noexcept override;
+    Status export_fd(ExtentHandle handle, int& fd) noexcept override;
+    Status import_fd(int fd, Bytes size, ExtentHandle& out) noexcept override;
+    Status allow_peer(int device) noexcept override;
     Stream service_stream() const noexcept override;
     Status zero(Address address, Bytes size) noexcept override;
     Status copy(Address to, Address from, Bytes size) noexcept override;
@@ -54,6 +58,7 @@ class CudaDriver final : public VmmDriver {
     CUcontext context_ = nullptr;
     CUstream service_ = nullptr;
     CUmemAllocationProp properties_{};
+    std::atomic<std::uint64_t> peers_{0};  // a bit for each device that is allowed
     std::mutex events_mutex_;
     std::vector<CUevent> spare_events_;
 };

@@ -18,6 +18,7 @@ namespace elastikv {
     X(cuDeviceGetName, "cuDeviceGetName")                                     \
     X(cuDeviceGetAttribute, "cuDeviceGetAttribute")                           \
     X(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain")                   \
+    X(cuDeviceCanAccessPeer, "cuDeviceCanAccessPeer")                         \
     X(cuCtxPushCurrent, "cuCtxPushCurrent_v2")                                \
     X(cuCtxPopCurrent, "cuCtxPopCurrent_v2")                                  \
     X(cuCtxSynchronize, "cuCtxSynchronize")                                   \
@@ -30,6 +31,8 @@ namespace elastikv {
     X(cuMemMap, "cuMemMap")                                                   \
     X(cuMemSetAccess, "cuMemSetAccess")                                       \
     X(cuMemUnmap, "cuMemUnmap")                                               \
+    X(cuMemExportToShareableHandle, "cuMemExportToShareableHandle")           \
+    X(cuMemImportFromShareableHandle, "cuMemImportFromShareableHandle")       \
     X(cuMemsetD8Async, "cuMemsetD8Async")                                     \
     X(cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2")                              \
     X(cuStreamCreate, "cuStreamCreate")                                       \

@@ -38,6 +38,15 @@ class ForwardingDriver : public VmmDriver {
     Status unmap(Address address, Bytes size) noexcept override {
         return around(DriverCall::unmap, [&] { return inner_->unmap(address, size); });
     }
+    Status export_fd(ExtentHandle handle, int& fd) noexcept override {
+        return around(DriverCall::export_fd, [&] { return inner_->export_fd(handle, fd); });
+    }
+    Status import_fd(int fd, Bytes size, ExtentHandle& out) noexcept override {
+        return around(DriverCall::import_fd, [&] { return inner_->import_fd(fd, size, out); });
+    }
+    Status allow_peer(int device) noexcept override {
+        return around(DriverCall::allow_peer, [&] { return inner_->allow_peer(device); });
+    }
     Status zero(Address address, Bytes size) noexcept override {
         return around(DriverCall::zero, [&] { return inner_->zero(address, size); });
     }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <iterator>
 #include <new>
+#include <optional>
 
 #include "base/error.h"
 #include "driver/fork_guard.h"
@@ -55,6 +56,25 @@ void* lay_reservation(Address address, Bytes size) {
     return mmap(pointer(address), size, PROT_NONE, flags, -1, 0);
 }
 
+struct flock lock_on(ByteRange bytes, short kind) {
+    struct flock lock {};
+    lock.l_type = kind;
+    lock.l_whence = SEEK_SET;
+    lock.l_start = static_cast<off_t>(bytes.begin);
+    lock.l_len = static_cast<off_t>(bytes.size());
+    return lock;
+}
+
+// The extent, whole, that reaches into `bytes` and of which an exported descriptor or a mapping of one lives in any
+// process. Where the system can't tell, `bytes` count as locked.
+std::optional<ByteRange> find_lock(int file, ByteRange bytes) {
+    struct flock found = lock_on(bytes, F_WRLCK);
+    if (fcntl(file, F_OFD_GETLK, &found) != 0) return bytes;
+    if (found.l_type == F_UNLCK) return std::nullopt;
+    const auto begin = static_cast<Bytes>(found.l_start);
+    return ByteRange{begin, begin + static_cast<Bytes>(found.l_len)};
+}
+
 }  // namespace
 
 HostDriver::HostDriver() : born_in_(fork_generation()) {
@@ -76,7 +96,11 @@ HostDriver::HostDriver() : born_in_(fork_generation()) {
 }
 
 HostDriver::~HostDriver() {
-    if (fork_generation() == born_in_) close(fd_);
+    if (fork_generation() != born_in_) return;
+    for (const auto& [handle, extent] : extents_) {
+        if (extent.imported >= 0) close(extent.imported);
+    }
+    close(fd_);
 }
 
 // Every call below answers `unavailable` in a forked child: the memory is the parent's, and so is the mutex's state.
@@ -131,10 +155,11 @@ Status HostDriver::create(Bytes size, ExtentHandle& out) noexcept {
     if (size > total_memory_ || created_ > total_memory_ - size) {
         return {StatusCode::out_of_memory, DriverCall::create, 0};
     }
+    give_back_lent();
     const auto offset = free_file_.find(size, capabilities_.granularity);
     if (!offset) return {StatusCode::out_of_memory, DriverCall::create, 0};
     free_file_.remove({*offset, *offset + size});
-    extents_.emplace(next_handle_, Extent{*offset, size, 0, false});
+    extents_.emplace(next_handle_, Extent{*offset, size});
     created_ += size;
     out = {next_handle_++};
     return Status::success();
@@ -152,12 +177,35 @@ Status HostDriver::release(ExtentHandle handle) noexcept {
 
 void HostDriver::give_back(std::unordered_map<std::uint64_t, Extent>::iterator it) {
     const Extent& extent = it->second;
-    const int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-    if (fallocate(fd_, mode, static_cast<off_t>(extent.file_offset), static_cast<off_t>(extent.size)) == 0) {
-        free_file_.add({extent.file_offset, extent.file_offset + extent.size});
-    }  // else: the range still holds data, so it is never handed out again; only file length is lost
-    created_ -= extent.size;
+    if (extent.imported >= 0) {
+        close(extent.imported);
+    } else {
+        const ByteRange range{extent.file_offset, extent.file_offset + extent.size};
+        if (extent.exported) {
+            lent_.push_back(range);
+        } else {
+            give_back_range(range);
+        }
+        created_ -= extent.size;
+    }
     extents_.erase(it);
+    give_back_lent();
+}
+
+void HostDriver::give_back_range(ByteRange range) {
+    const int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+    if (fallocate(fd_, mode, static_cast<off_t>(range.begin), static_cast<off_t>(range.size())) == 0) {
+        free_file_.add(range);
+    }  // else: the range still holds data, so it is never handed out again; only file length is lost
+}
+
+// Nothing tells when the last descriptor or mapping elsewhere is gone, so it is looked up at every create and release.
+void HostDriver::give_back_lent() {
+    std::erase_if(lent_, [this](const ByteRange& range) {
+        if (find_lock(fd_, range)) return false;
+        give_back_range(range);
+        return true;
+    });
 }
 
 Status HostDriver::map(Address address, Bytes size, ExtentHandle handle) noexcept {
@@ -168,7 +216,8 @@ Status HostDriver::map(Address address, Bytes size, ExtentHandle handle) noexcep
         !is_free_of_mappings(address, size)) {
         return refuse(DriverCall::map);
     }
-    void* const got = mmap(pointer(address), size, PROT_NONE, MAP_SHARED | MAP_FIXED, fd_,
+    const int file = it->second.imported >= 0 ? it->second.imported : fd_;
+    void* const got = mmap(pointer(address), size, PROT_NONE, MAP_SHARED | MAP_FIXED, file,
                            static_cast<off_t>(it->second.file_offset));
     if (got == MAP_FAILED) return error_status(DriverCall::map, errno);
     ++it->second.mappings;
@@ -198,6 +247,55 @@ Status HostDriver::unmap(Address address, Bytes size) noexcept {
         mapping = mappings_.erase(mapping);
     }
     return Status::success();
+}
+
+Status HostDriver::export_fd(ExtentHandle handle, int& fd) noexcept {
+    ELASTIKV_REFUSE_IN_CHILD(DriverCall::export_fd);
+    const std::lock_guard lock(mutex_);
+    const auto it = extents_.find(handle.value);
+    if (it == extents_.end() || it->second.released) return refuse(DriverCall::export_fd);
+    Extent& extent = it->second;
+    char path[32];
+    std::snprintf(path, sizeof path, "/proc/self/fd/%d", extent.imported >= 0 ? extent.imported : fd_);
+    const int opened = open(path, O_RDWR | O_CLOEXEC);
+    if (opened < 0) return error_status(DriverCall::export_fd, errno);
+    struct flock held = lock_on({extent.file_offset, extent.file_offset + extent.size}, F_RDLCK);
+    if (lseek(opened, held.l_start, SEEK_SET) != held.l_start || fcntl(opened, F_OFD_SETLK, &held) != 0) {
+        const Status status = error_status(DriverCall::export_fd, errno);
+        close(opened);
+        return status;
+    }
+    extent.exported = true;
+    fd = opened;
+    return Status::success();
+}
+
+Status HostDriver::import_fd(int fd, Bytes size, ExtentHandle& out) noexcept {
+    ELASTIKV_REFUSE_IN_CHILD(DriverCall::import_fd);
+    if (!is_unit(size)) return refuse(DriverCall::import_fd);
+    const off_t at = lseek(fd, 0, SEEK_CUR);
+    if (at < 0) return error_status(DriverCall::import_fd, errno == ESPIPE ? EINVAL : errno);
+    // The lock is seen from another opening of the file only.
+    char path[32];
+    std::snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    const int other = open(path, O_RDWR | O_CLOEXEC);
+    if (other < 0) return error_status(DriverCall::import_fd, errno);
+    const ByteRange wanted{static_cast<Bytes>(at), static_cast<Bytes>(at) + size};
+    const auto held = find_lock(other, wanted);
+    close(other);
+    if (held != wanted) return refuse(DriverCall::import_fd);
+    const int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (own < 0) return error_status(DriverCall::import_fd, errno);
+    const std::lock_guard lock(mutex_);
+    extents_.emplace(next_handle_, Extent{wanted.begin, size, 0, false, false, own});
+    out = {next_handle_++};
+    return Status::success();
+}
+
+// The host's one device reaches all of its memory; there is no other.
+Status HostDriver::allow_peer(int device) noexcept {
+    ELASTIKV_REFUSE_IN_CHILD(DriverCall::allow_peer);
+    return device == capabilities_.index ? Status::success() : refuse(DriverCall::allow_peer);
 }
 
 Status HostDriver::zero(Address address, Bytes size) noexcept {

@@ -3,11 +3,16 @@
 // One sparse memfd holds all physical memory; an extent is a range of the file. Mapping is mmap(MAP_FIXED) of that
 // range, unmapping lays PROT_NONE over it, so that a stray touch faults, and release punches a hole, so that the memory
 // goes back to the system. Memory becomes resident when it is first touched, as for any host memory.
+//
+// An exported descriptor is the file opened anew: its position is the extent's offset, and a lock of its own on the
+// extent's bytes tells their size, and tells the exporter, as long as the descriptor or a mapping of it lives in any
+// process, that the bytes are still in use. A process that was given one extent could map the rest of the file.
 #pragma once
 
 #include <map>
 #include <mutex>
 #include <unordered_map>
+#include <vector>
 
 #include "base/interval_set.h"
 #include "driver/vmm_driver.h"
@@ -32,6 +37,9 @@ class HostDriver final : public VmmDriver {
     Status map(Address address, Bytes size, ExtentHandle handle) noexcept override;
     Status set_access(Address address, Bytes size) noexcept override;
     Status unmap(Address address, Bytes size) noexcept override;
+    Status export_fd(ExtentHandle handle, int& fd) noexcept override;
+    Status import_fd(int fd, Bytes size, ExtentHandle& out) noexcept override;
+    Status allow_peer(int device) noexcept override;
     Stream service_stream() const noexcept override { return {}; }
     Status zero(Address address, Bytes size) noexcept override;
     Status copy(Address to, Address from, Bytes size) noexcept override;
@@ -53,6 +61,8 @@ class HostDriver final : public VmmDriver {
         Bytes size = 0;
         std::size_t mappings = 0;
         bool released = false;
+        bool exported = false;
+        int imported = -1;  // the descriptor of another driver's file, -1 where the extent is in ours
     };
     struct MappedExtent {
         Bytes size = 0;
@@ -64,6 +74,8 @@ class HostDriver final : public VmmDriver {
     bool is_reserved(Address address, Bytes size) const;
     bool is_unit(Bytes value) const { return value != 0 && value % capabilities_.granularity == 0; }
     void give_back(std::unordered_map<std::uint64_t, Extent>::iterator extent);
+    void give_back_range(ByteRange range);
+    void give_back_lent();
 
     Capabilities capabilities_;
     std::uint64_t born_in_ = 0;  // fork generation
@@ -72,6 +84,7 @@ class HostDriver final : public VmmDriver {
 
     mutable std::mutex mutex_;
     IntervalSet free_file_;
+    std::vector<ByteRange> lent_;  // of the file: exported extents that are released here and may live on elsewhere
     Bytes created_ = 0;
     std::uint64_t next_handle_ = 1;
     std::uint64_t next_fence_ = 1;

@@ -71,10 +71,21 @@ class VmmDriver {
 
     // The whole of `handle`, whose size is `size`, at [address, address + size), which holds no mapping.
     virtual Status map(Address address, Bytes size, ExtentHandle handle) noexcept = 0;
-    // Read and write for the device. Covers whole mappings.
+    // Read and write for the device, and for those allowed by allow_peer. Covers whole mappings.
     virtual Status set_access(Address address, Bytes size) noexcept = 0;
     // Covers whole mappings; touching them faults from now on.
     virtual Status unmap(Address address, Bytes size) noexcept = 0;
+
+    // A file descriptor for the extent, which is the caller's to close and may be sent to another process. The memory
+    // exists until all handles, mappings and descriptors of it are gone, in every process.
+    virtual Status export_fd(ExtentHandle handle, int& fd) noexcept = 0;
+    // A handle for what another driver of the same device, in any process, has exported as `fd`, which stays the
+    // caller's. `size` is the extent's: map refuses another where this call can't tell.
+    virtual Status import_fd(int fd, Bytes size, ExtentHandle& out) noexcept = 0;
+    // From now on every set_access also gives read and write to the device of that index, for all that use this driver.
+    // Allowing a device again, or this one, is ok and changes nothing. `unsupported` where the two devices can't reach
+    // each other's memory, `invalid_argument` where there is no such device.
+    virtual Status allow_peer(int device) noexcept = 0;
 
     // Work on memory is put on the driver's own service stream, in order, and may lag behind the call.
     virtual Stream service_stream() const noexcept = 0;

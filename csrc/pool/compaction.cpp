@@ -15,7 +15,8 @@ Bytes VirtualMemoryPool::compact() {
     restore_access();
     std::vector<Bytes> partly_idle;
     table_.for_each_extent({0, capacity()}, [&](const Extent& extent) {
-        const bool moves = extent.used > 0 && extent.used < extent.range.size() && extent.retiring == 0;
+        const bool moves =
+            extent.used > 0 && extent.used < extent.range.size() && extent.retiring == 0 && !extent.exported;
         if (moves) partly_idle.push_back(extent.range.begin);
     });
     for (const Bytes begin : partly_idle) freed += try_retile(begin);
@@ -26,8 +27,7 @@ Bytes VirtualMemoryPool::compact() {
 void VirtualMemoryPool::restore_access() {
     table_.for_each_extent({0, capacity()}, [](Extent& extent) {
         if (extent.used == 0) return;
-        Status status = extent.mapping->try_map();
-        if (status.ok()) status = extent.mapping->try_set_access();
+        const Status status = extent.mapping->try_make_accessible();
         if (!status.ok()) throw MappingFailed(status, extent.range);
     });
 }
@@ -75,7 +75,7 @@ bool VirtualMemoryPool::try_copy_out(const Extent& from, std::vector<Extent>& fr
         auto scratch = AddressRange::try_reserve(driver_, run.size(), page_size());
         if (!scratch.ok()) return;
         Mapping window(scratch.value(), physical.value(), 0);
-        if (!window.try_map().ok() || !window.try_set_access().ok()) return;
+        if (!window.try_make_accessible().ok()) return;
         const Status copied = driver_->copy(window.address(), base_address() + run.begin, run.size());
         // The copy must be over before the window closes, whether or not a fence can tell.
         wait_for_service_stream();
@@ -89,7 +89,7 @@ bool VirtualMemoryPool::try_swap_in(Extent& old, std::vector<Extent>& fresh) {
     if (!old.mapping->try_unmap().ok()) return false;
     bool fine = true;
     for (Extent& extent : fresh) {
-        fine = fine && extent.mapping->try_map().ok() && extent.mapping->try_set_access().ok();
+        fine = fine && extent.mapping->try_make_accessible().ok();
     }
     if (fine) return true;
     for (Extent& extent : fresh) {

@@ -16,10 +16,12 @@ Bytes VirtualMemoryPool::try_allocate(ByteRange bytes, const AllocateOptions& op
     bool zeroed = false;
     try {
         for (const ByteRange& gap : table_.gaps(pages)) {
-            const Bytes lacking = try_fill_gap(gap, options, fresh);
-            if (lacking > 0) {
+            const Bytes step = options.largest_extent == 0 ? gap.size() : options.largest_extent;
+            for (Bytes begin = gap.begin; begin < gap.end; begin += std::min(step, gap.end - begin)) {
+                const ByteRange piece{begin, begin + std::min(step, gap.end - begin)};
+                if (try_fill_gap(piece, options, fresh) == 0) continue;
                 undo(fresh);
-                return lacking;
+                return gap.end - piece.begin;
             }
         }
         for (const Extent& extent : fresh) zeroed |= !extent.clean.empty() && !driver_->capabilities().fresh_is_zero;
@@ -94,8 +96,7 @@ Status VirtualMemoryPool::try_make_extent(ByteRange range, bool zero, std::vecto
     extent.mapping = std::make_unique<Mapping>(range_, std::move(physical.value()), range.begin);
     const bool fresh_is_zero = driver_->capabilities().fresh_is_zero;
     extent.foreign = options_.scrub_fresh && !fresh_is_zero;
-    Status status = extent.mapping->try_map();
-    if (status.ok()) status = extent.mapping->try_set_access();
+    Status status = extent.mapping->try_make_accessible();
     if (status.ok() && zero && !fresh_is_zero) {
         status = driver_->zero(extent.mapping->address(), range.size());
         if (status.ok()) extent.foreign = false;
@@ -115,8 +116,7 @@ void VirtualMemoryPool::prepare_kept_extents(ByteRange bytes, const AllocateOpti
                                              std::vector<Extent*>& scrubbed) {
     std::vector<ByteRange> dirty;
     table_.for_each_extent(table_.pages_of(bytes), [&](Extent& extent) {
-        Status status = extent.mapping->try_map();
-        if (status.ok()) status = extent.mapping->try_set_access();
+        const Status status = extent.mapping->try_make_accessible();
         if (!status.ok()) throw MappingFailed(status, extent.range);
         if (extent.zeroing && driver_->capabilities().asynchronous) {
             const Status ordered = extent.zeroing->try_order(options.stream);

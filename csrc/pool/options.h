@@ -8,6 +8,10 @@
 
 namespace elastikv {
 
+// `page_size`, or the granularity for 0. Throws InvalidPageSize unless it is a power of two and a multiple of the
+// granularity.
+Bytes checked_page_size(Bytes page_size, Bytes granularity);
+
 struct PoolOptions {
     Bytes page_size = 0;  // 0: the device's granularity
     // Freed extents up to this many bytes stay mapped for reuse; the oldest beyond it are given back. Not set: 256 MiB
@@ -28,6 +32,7 @@ struct AllocateOptions {
     bool open_ended = false;
     Bytes held = 0;
     Bytes grow_end = 0;
+    Bytes largest_extent = 0;  // what is new comes in extents up to this size, whole pages; 0: one extent a gap
 };
 
 // Held by a scheduler that may still launch work on released memory. Fences are recorded only once it is open.

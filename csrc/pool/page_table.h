@@ -19,9 +19,10 @@ struct Extent {
     std::unique_ptr<Mapping> mapping;
     // The part that is known to read as zeros. One interval is enough: growth uses up an extent from its front.
     ByteRange clean;
-    FencePtr zeroing;      // scrubbing that may still run; null once it has passed
-    bool ahead = false;    // mapped before anyone asked, so the park limit does not apply
-    bool foreign = false;  // may hold another owner's bytes: to be zeroed before any of it is handed out
+    FencePtr zeroing;       // scrubbing that may still run; null once it has passed
+    bool ahead = false;     // mapped before anyone asked, so the park limit does not apply
+    bool foreign = false;   // may hold another owner's bytes: to be zeroed before any of it is handed out
+    bool exported = false;  // other processes may have it mapped, so it must stay
     // Kept by PageTable:
     Bytes used = 0;
     Bytes retiring = 0;
@@ -72,6 +73,11 @@ class PageTable {
 
     template <typename Visit>
     void for_each_extent(ByteRange range, Visit visit) {
+        for (auto it = first_at(range.begin); it != extents_.end() && it->first < range.end; ++it) visit(it->second);
+    }
+
+    template <typename Visit>
+    void for_each_extent(ByteRange range, Visit visit) const {
         for (auto it = first_at(range.begin); it != extents_.end() && it->first < range.end; ++it) visit(it->second);
     }
 

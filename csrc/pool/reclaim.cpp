@@ -161,6 +161,10 @@ void VirtualMemoryPool::stop_parking() {
     if (!closed_) give_back_excess();
 }
 
+Result<FencePtr> VirtualMemoryPool::try_record_fence(Stream stream) {
+    return RecordedFence::try_record(driver_, stream);
+}
+
 void VirtualMemoryPool::synchronize() {
     process_.require_same_process();
     if (!driver_->capabilities().asynchronous) return;

@@ -8,12 +8,6 @@ namespace {
 
 constexpr Bytes default_cuda_park_limit = 256 * MiB;
 
-Bytes checked_page_size(Bytes page_size, Bytes granularity) {
-    if (page_size == 0) return granularity;
-    if (!is_power_of_two(page_size) || page_size % granularity != 0) throw InvalidPageSize(page_size, granularity);
-    return page_size;
-}
-
 std::shared_ptr<AddressRange> reserve(const MeteredDriverPtr& driver, Bytes capacity, Bytes page_size) {
     if (capacity == 0) throw InvalidSize("capacity must be at least 1 byte, not 0");
     const auto rounded = align_up(capacity, page_size);
@@ -28,6 +22,12 @@ std::shared_ptr<AddressRange> reserve(const MeteredDriverPtr& driver, Bytes capa
 }
 
 }  // namespace
+
+Bytes checked_page_size(Bytes page_size, Bytes granularity) {
+    if (page_size == 0) return granularity;
+    if (!is_power_of_two(page_size) || page_size % granularity != 0) throw InvalidPageSize(page_size, granularity);
+    return page_size;
+}
 
 VirtualMemoryPool::VirtualMemoryPool(Bytes capacity, DriverPtr driver, PoolOptions options,
                                      std::shared_ptr<Budget> budget)
@@ -73,33 +73,51 @@ ByteRange VirtualMemoryPool::checked_range(Bytes offset, Bytes size) const {
 }
 
 Address VirtualMemoryPool::allocate(Bytes offset, Bytes size, const AllocateOptions& options) {
-    process_.require_same_process();
-    const ByteRange bytes = checked_range(offset, size);
     // Reclaiming takes other pools' locks and may wait for the device, so it happens between attempts, without our
     // lock.
     for (bool waited = false;;) {
-        Bytes lacking = 0;
-        {
-            const std::lock_guard lock(mutex_);
-            require_open();
-            lacking = try_allocate(bytes, options);
-        }
+        const Bytes lacking = try_claim(offset, size, options);
         if (lacking == 0) return base_address() + offset;
-        const auto make_room = [&](bool wait) {
-            return budget_ ? budget_->make_room(lacking, wait) : reclaim(lacking, wait);
-        };
-        if (make_room(false) > 0) continue;
-        if (!waited) {
-            // Tried again whatever that freed: the worker or another thread may have given memory back meanwhile.
-            waited = true;
-            make_room(true);
-            continue;
-        }
-        MemoryInfo device;
-        (void)driver_->memory_info(device);
-        const Bytes available = budget_ ? std::min(budget_->available(), device.free) : device.free;
-        throw OutOfPhysicalMemory(lacking, available, budget_ ? budget_->describe_holders() : "");
+        if (make_room(lacking, false) > 0) continue;
+        if (waited) throw out_of_memory(lacking);
+        // Tried again whatever that freed: the worker or another thread may have given memory back meanwhile.
+        waited = true;
+        make_room(lacking, true);
     }
+}
+
+Bytes VirtualMemoryPool::try_claim(Bytes offset, Bytes size, const AllocateOptions& options) {
+    process_.require_same_process();
+    const ByteRange bytes = checked_range(offset, size);
+    const std::lock_guard lock(mutex_);
+    require_open();
+    return try_allocate(bytes, options);
+}
+
+Bytes VirtualMemoryPool::make_room(Bytes lacking, bool wait) {
+    return budget_ ? budget_->make_room(lacking, wait) : reclaim(lacking, wait);
+}
+
+OutOfPhysicalMemory VirtualMemoryPool::out_of_memory(Bytes lacking) const {
+    MemoryInfo device;
+    (void)driver_->memory_info(device);
+    const Bytes available = budget_ ? std::min(budget_->available(), device.free) : device.free;
+    return {lacking, available, budget_ ? budget_->describe_holders() : ""};
+}
+
+std::vector<ByteRange> VirtualMemoryPool::extents_within(Bytes offset, Bytes size) const {
+    process_.require_same_process();
+    const ByteRange bytes = checked_range(offset, size);
+    std::vector<ByteRange> found;
+    const std::lock_guard lock(mutex_);
+    require_open();
+    table_.for_each_extent(bytes, [&](const Extent& extent) {
+        const ByteRange part = extent.range.clipped_to(bytes);
+        const bool kept = table_.live().first_overlap({extent.range.begin, part.begin}).has_value() ||
+                          table_.live().first_overlap({part.end, extent.range.end}).has_value();
+        if (!kept) found.push_back(part);
+    });
+    return found;
 }
 
 void VirtualMemoryPool::deallocate(Bytes offset, Bytes size, std::span<const Stream> streams,

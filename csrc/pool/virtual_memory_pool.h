@@ -31,6 +31,11 @@ namespace elastikv {
 
 inline constexpr std::array<Stream, 1> default_stream{};
 
+struct ExportedExtent {
+    ByteRange range;  // offsets in the pool
+    UniqueFd fd;
+};
+
 // Thread safe: one mutex guards all state. It is held during driver calls, which do not wait for device work, and never
 // while calling the budget's make_room or joining the worker. What waits for the device waits without it, but for three
 // rare ones: compact() for its own copies, an undo for scrubbing that it is about to unmap, and a release on a stream
@@ -51,6 +56,14 @@ class VirtualMemoryPool {
     // Throws InvalidSize (0), InvalidOffset, AlreadyMapped, OutOfPhysicalMemory, MappingFailed, CudaError, PoolClosed,
     // and InvalidArgument for memory whose release waits for a gate or a capture: see blocked_until().
     Address allocate(Bytes offset, Bytes size, const AllocateOptions& options = {});
+    // The same without making room: returns the bytes that were lacking, 0 where it succeeded. For a caller whose own
+    // locks must not be held while room is made. Throws as allocate, but for OutOfPhysicalMemory.
+    Bytes try_claim(Bytes offset, Bytes size, const AllocateOptions& options = {});
+    // What allocate() does between attempts, without a lock: room for `lacking` bytes, from the budget's other pools
+    // too. Returns the bytes freed.
+    Bytes make_room(Bytes lacking, bool wait);
+    // The error for a caller of try_claim that gives up.
+    OutOfPhysicalMemory out_of_memory(Bytes lacking) const;
     // Frees all of it; it must be wholly allocated. `streams` are those whose work may still touch it; their handles
     // must be alive. With a gate, fences are recorded only once it is open. Throws InvalidSize, InvalidOffset,
     // NotMapped, CudaError.
@@ -68,6 +81,10 @@ class VirtualMemoryPool {
     // Whether every page of the range is allocated. False for ranges that are empty or outside.
     bool is_mapped(Bytes offset, Bytes size) const;
 
+    // The parts within the range of extents that hold nothing live outside it, in order: with these freed the extents
+    // go back to the device.
+    std::vector<ByteRange> extents_within(Bytes offset, Bytes size) const;
+
     // Gives parked memory back at once, at least `wanted` bytes if there are as many. Returns the bytes freed.
     Bytes trim(Bytes wanted = ~Bytes{0});
     // As trim, after device work on retiring memory, and scrubbing, have finished.
@@ -81,6 +98,8 @@ class VirtualMemoryPool {
     void stop_parking();
     // Returns when prefetches are done and retiring memory that only waits for device work has been dealt with.
     void drain();
+    // A fence behind what is on the stream now. `capturing` where it records a graph.
+    Result<FencePtr> try_record_fence(Stream stream);
     // Returns when all work of the device that was enqueued so far has finished. Throws CudaError.
     void synchronize();
     // Frees everything, after device work on it: on streams it was released to, and all of the device's for what is
@@ -88,12 +107,23 @@ class VirtualMemoryPool {
     // take back.
     void close();
 
+    // The extents that the range lies on, whole, for another process to map; every page of it must be allocated. They
+    // stay where they are from now on: compact() does not move them. Throws InvalidSize, InvalidOffset, NotMapped, and
+    // CudaError where the device can't export.
+    std::vector<ExportedExtent> export_extents(Bytes offset, Bytes size);
+    // Another device may read and write the pool's memory, present and future, and what other pools of this device map
+    // from now on. Throws CudaError: nothing has changed where that is not possible at all; where the driver refused it
+    // for some extents, these are named, the others keep it, and calling again tries what is left.
+    void allow_peer(int device);
+
     Bytes physical_memory_usage() const;
     // Addresses stay reserved until the pool itself is gone, also after close().
     Bytes capacity() const { return range_->size(); }
     Address base_address() const { return range_->base(); }
     Bytes page_size() const { return table_.page_size(); }
     const Capabilities& device() const { return driver_->capabilities(); }
+    // Null where only the device limits the pool.
+    const std::shared_ptr<Budget>& budget() const { return budget_; }
     MemoryStats stats() const;
 
     // The end of the memory in the range whose release waits for a gate or a capture, so that no one can take it over

@@ -18,6 +18,31 @@ bool PhysicalBudget::try_charge(Bytes bytes) noexcept {
 void PhysicalBudget::refund(Bytes bytes) noexcept { charged_.fetch_sub(bytes, std::memory_order_acq_rel); }
 
 Bytes PhysicalBudget::make_room(Bytes wanted, bool wait) {
+    Bytes freed = reclaim_from_pools(wanted, wait);
+    if (freed >= wanted) return freed;
+    std::vector<std::shared_ptr<IdleHolder>> holders;
+    {
+        const std::lock_guard lock(mutex_);
+        std::erase_if(idle_holders_, [](const auto& holder) { return holder.expired(); });
+        for (const auto& held : idle_holders_) {
+            if (auto holder = held.lock()) holders.push_back(std::move(holder));
+        }
+    }
+    Bytes released = 0;
+    for (const auto& holder : holders) {
+        if (freed + released >= wanted) break;
+        released += holder->release_idle(wanted - freed - released);
+    }
+    if (released > 0) freed += reclaim_from_pools(wanted - freed, wait);
+    return freed;
+}
+
+void PhysicalBudget::add_idle_holder(const std::weak_ptr<IdleHolder>& holder) {
+    const std::lock_guard lock(mutex_);
+    idle_holders_.push_back(holder);
+}
+
+Bytes PhysicalBudget::reclaim_from_pools(Bytes wanted, bool wait) {
     Bytes freed = 0;
     for (const auto& [name, pool] : living()) {
         if (freed >= wanted) break;

@@ -21,8 +21,10 @@ class PhysicalBudget final : public Budget {
     bool try_charge(Bytes bytes) noexcept override;
     void refund(Bytes bytes) noexcept override;
     Bytes available() const noexcept override { return limit_ - charged(); }
-    // Takes parked memory of one pool after the other, in order of registration, the asking one included.
+    // Takes parked memory of one pool after the other, in order of registration, the asking one included; then what
+    // others hold idle above the pools.
     Bytes make_room(Bytes wanted, bool wait) override;
+    void add_idle_holder(const std::weak_ptr<IdleHolder>& holder) override;
     std::string describe_holders() const override;
 
     // A pool that draws on this budget; it is forgotten when it dies.
@@ -39,6 +41,7 @@ class PhysicalBudget final : public Budget {
     }
 
   private:
+    Bytes reclaim_from_pools(Bytes wanted, bool wait);
     struct Member {
         std::string name;
         std::weak_ptr<VirtualMemoryPool> pool;
@@ -50,6 +53,7 @@ class PhysicalBudget final : public Budget {
     std::atomic<Bytes> peak_{0};
     mutable std::mutex mutex_;
     mutable std::vector<Member> members_;
+    std::vector<std::weak_ptr<IdleHolder>> idle_holders_;
 };
 
 }  // namespace elastikv

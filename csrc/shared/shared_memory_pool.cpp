@@ -6,11 +6,7 @@ namespace elastikv {
 
 SharedMemoryPool::SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options)
     : driver_(std::move(driver)), options_(options), budget_(std::make_shared<PhysicalBudget>(physical_limit)) {
-    const Bytes granularity = driver_->capabilities().granularity;
-    if (options_.page_size == 0) options_.page_size = granularity;
-    if (!is_power_of_two(options_.page_size) || options_.page_size % granularity != 0) {
-        throw InvalidPageSize(options_.page_size, granularity);
-    }
+    options_.page_size = checked_page_size(options_.page_size, driver_->capabilities().granularity);
     if (physical_limit < options_.page_size) {
         throw InvalidArgument("physical_limit " + std::to_string(physical_limit) + " is below one page, which is " +
                               format_bytes(options_.page_size));
@@ -18,13 +14,16 @@ SharedMemoryPool::SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolO
     options_.scrub_fresh = true;  // what the device hands out may be another model's
 }
 
-ModelPtr SharedMemoryPool::register_model(const std::string& id, Bytes virtual_capacity) {
+ModelPtr SharedMemoryPool::register_model(const std::string& id, Bytes virtual_capacity,
+                                          std::optional<Bytes> park_limit) {
     if (id.empty()) throw InvalidArgument("a model's id must not be empty");
     process_.require_same_process();
     const std::lock_guard lock(mutex_);
     if (closed_) throw PoolClosed("the shared pool is closed");
     if (models_.count(id) != 0) throw ModelAlreadyExists(id);
-    auto model = std::make_shared<Model>(id, virtual_capacity, driver_, options_, budget_);
+    PoolOptions options = options_;
+    if (park_limit) options.park_limit = park_limit;
+    auto model = std::make_shared<Model>(id, virtual_capacity, driver_, options, budget_);
     budget_->add(id, model->shared_pool());
     models_.emplace(id, model);
     return model;

@@ -32,8 +32,10 @@ class SharedMemoryPool {
     // No memory, no addresses yet. Throws InvalidArgument where the limit is below one page, InvalidPageSize.
     SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options = {});
 
-    // Throws ModelAlreadyExists, InvalidArgument (an empty id), InvalidSize, OutOfVirtualMemory.
-    ModelPtr register_model(const std::string& id, Bytes virtual_capacity);
+    // `park_limit` replaces the pool's for this model. Throws ModelAlreadyExists, InvalidArgument (an empty id),
+    // InvalidSize, OutOfVirtualMemory.
+    ModelPtr register_model(const std::string& id, Bytes virtual_capacity,
+                            std::optional<Bytes> park_limit = std::nullopt);
     // Frees what allocate_for_model gave out. Tensors keep their memory, charged, until they die. Throws ModelNotFound.
     void unregister_model(const std::string& id);
     // Throws ModelNotFound; for the rest see Model.

@@ -25,11 +25,18 @@ Status Mapping::try_set_access() noexcept {
     return status;
 }
 
+Status Mapping::try_make_accessible() noexcept {
+    const Status status = try_map();
+    return status.ok() ? try_set_access() : status;
+}
+
 Status Mapping::try_unmap() noexcept {
     if (!mapped_) return Status::success();
     const Status status = range_->driver().unmap(address(), size());
     if (status.ok()) mapped_ = accessible_ = false;
     return status;
 }
+
+Status Mapping::try_widen_access() noexcept { return range_->driver().set_access(address(), size()); }
 
 }  // namespace elastikv

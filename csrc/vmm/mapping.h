@@ -19,11 +19,16 @@ class Mapping {
     Mapping(const Mapping&) = delete;
     Mapping& operator=(const Mapping&) = delete;
 
-    // After a failure the addresses are as they were. The same holds for the two below.
+    // After a failure the addresses are as they were. The same holds for the others; try_make_accessible may leave them
+    // mapped.
     Status try_map() noexcept;
     // Read and write for the device; nothing may be touched before.
     Status try_set_access() noexcept;
+    // Both, as far as they are lacking.
+    Status try_make_accessible() noexcept;
     Status try_unmap() noexcept;
+    // Gives access to devices that were allowed since. Must be accessible.
+    Status try_widen_access() noexcept;
 
     bool mapped() const { return mapped_; }
     bool accessible() const { return accessible_; }

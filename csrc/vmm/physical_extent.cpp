@@ -11,6 +11,13 @@ Result<std::shared_ptr<PhysicalExtent>> PhysicalExtent::try_create(MeteredDriver
     return std::shared_ptr<PhysicalExtent>(new PhysicalExtent(std::move(driver), handle, size));
 }
 
+Result<std::shared_ptr<PhysicalExtent>> PhysicalExtent::try_import(MeteredDriverPtr driver, int fd, Bytes size) {
+    ExtentHandle handle;
+    const Status status = driver->import_fd(fd, size, handle);
+    if (!status.ok()) return status;
+    return std::shared_ptr<PhysicalExtent>(new PhysicalExtent(std::move(driver), handle, size));
+}
+
 PhysicalExtent::PhysicalExtent(MeteredDriverPtr driver, ExtentHandle handle, Bytes size)
     : driver_(std::move(driver)), handle_(handle), size_(size) {}
 
@@ -23,6 +30,13 @@ Status PhysicalExtent::try_release() noexcept {
     const Status status = driver_->release(handle_);
     if (status.ok()) owned_ = false;
     return status;
+}
+
+Result<UniqueFd> PhysicalExtent::try_export() const noexcept {
+    int fd = -1;
+    const Status status = driver_->export_fd(handle_, fd);
+    if (!status.ok()) return status;
+    return UniqueFd(fd);
 }
 
 void PhysicalExtent::abandon() noexcept {

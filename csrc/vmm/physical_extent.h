@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "base/unique_fd.h"
 #include "driver/metered_driver.h"
 
 namespace elastikv {
@@ -12,6 +13,8 @@ namespace elastikv {
 class PhysicalExtent {
   public:
     static Result<std::shared_ptr<PhysicalExtent>> try_create(MeteredDriverPtr driver, Bytes size);
+    // What another process, or another driver, has exported; `fd` stays the caller's.
+    static Result<std::shared_ptr<PhysicalExtent>> try_import(MeteredDriverPtr driver, int fd, Bytes size);
     // Releases what try_release has not; a refusal is counted as abandoned bytes.
     ~PhysicalExtent();
     PhysicalExtent(const PhysicalExtent&) = delete;
@@ -21,6 +24,8 @@ class PhysicalExtent {
     Status try_release() noexcept;
     // Gives the handle up without releasing it, and counts it as abandoned. For an owner whose ledger keeps it charged.
     void abandon() noexcept;
+
+    Result<UniqueFd> try_export() const noexcept;
 
     ExtentHandle handle() const { return handle_; }
     Bytes size() const { return size_; }

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <string>
 
+#include "base/unique_fd.h"
 #include "support/child.h"
 #include "support/drivers.h"
 #include "support/memory.h"
@@ -172,7 +173,11 @@ TEST_CASE("in a forked child every host call answers unavailable and the parent 
     Mapped mapped(driver, 2);
     const Bytes page = driver.capabilities().granularity;
     fill(driver.capabilities(), mapped.base, mapped.size, 0x42);
+    int shared = -1;
+    REQUIRE(driver.export_fd(mapped.handle, shared).ok());
+    const UniqueFd exported(shared);
     const int refusals = in_child([&] {
+        int fd = -1;
         Address address = 0;
         ExtentHandle handle;
         MemoryInfo memory;
@@ -194,6 +199,9 @@ TEST_CASE("in a forked child every host call answers unavailable and the parent 
             driver.destroy_fence(fence),
             driver.stream_wait({}, fence),
             driver.synchronize(),
+            driver.export_fd(mapped.handle, fd),
+            driver.import_fd(exported.get(), mapped.size, handle),
+            driver.allow_peer(0),
         };
         int refused = 0;
         for (const Status& answer : answers) refused += answer.code == StatusCode::unavailable ? 1 : 0;

@@ -114,6 +114,7 @@ class CuriousBudget final : public Budget {
         (void)pool->check();
         return pool->reclaim(wanted, wait);
     }
+    void add_idle_holder(const std::weak_ptr<IdleHolder>& holder) override { budget_.add_idle_holder(holder); }
     std::string describe_holders() const override { return pool->check() + "asked"; }
 
     VirtualMemoryPool* pool = nullptr;

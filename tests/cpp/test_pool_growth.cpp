@@ -182,5 +182,37 @@ TEST_CASE("what is known to be clean is not zeroed again", "[pool][scrub]") {
     at.finish();
 }
 
+TEST_CASE("a request may be kept to extents of a size, which then go back one by one", "[pool][growth]") {
+    PoolFixture at;
+    AllocateOptions options;
+    options.largest_extent = 4 * at.page;
+    CHECK(at.pool->try_claim(0, 10 * at.page, options) == 0);
+    CHECK(at.pool->stats().extents == 3);
+    const std::vector<ByteRange> all = {{0, 4 * at.page}, {4 * at.page, 8 * at.page}, {8 * at.page, 10 * at.page}};
+    CHECK(at.pool->extents_within(0, 10 * at.page) == all);
+    CHECK(at.pool->extents_within(at.page, 8 * at.page) == std::vector<ByteRange>{all[1]});
+    CHECK(at.pool->extents_within(0, 4 * at.page - 1).empty());
+    at.pool->deallocate(4 * at.page, 4 * at.page);
+    CHECK(at.pool->physical_memory_usage() == 6 * at.page);
+    at.require_sound();
+    at.finish();
+}
+
+TEST_CASE("a claim says what is lacking, and makes no room for it", "[pool][growth]") {
+    PoolFixture at({.options = {.park_limit = MiB}, .limit_pages = 8});
+    at.pool->allocate(32 * at.page, 4 * at.page);
+    at.pool->deallocate(32 * at.page, 4 * at.page);  // parked, so there is room to be made
+    AllocateOptions options;
+    options.largest_extent = 2 * at.page;
+    CHECK(at.pool->try_claim(0, 8 * at.page, options) == 4 * at.page);
+    CHECK(at.pool->stats().live == 0);
+    CHECK(at.pool->physical_memory_usage() == 4 * at.page);
+    CHECK(at.pool->make_room(4 * at.page, false) == 4 * at.page);
+    CHECK(at.pool->try_claim(0, 8 * at.page, options) == 0);
+    CHECK(at.pool->out_of_memory(at.page).requested == at.page);
+    at.require_sound();
+    at.finish();
+}
+
 }  // namespace
 }  // namespace elastikv::testing
