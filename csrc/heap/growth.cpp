@@ -1,0 +1,235 @@
+// Heap: drawing memory, and what is tried before there is none.
+#include <algorithm>
+#include <utility>
+
+#include "heap/heap.h"
+
+namespace elastikv {
+namespace {
+
+// An extent goes back as a whole, so one block left in it holds all of it: extents are kept to a sixteenth of what is
+// asked for, but no smaller than this, as the driver's cost goes by the handle.
+constexpr Bytes modest_extent = 64 * MiB;
+// Small ranges grow by this share of what they hold.
+constexpr Bytes small_growth = 16;
+// Address space of a new range, as a share of the window.
+constexpr Bytes range_share = 64;
+
+Bytes round_up(Bytes size, Bytes unit) {
+    const auto rounded = align_up(size, unit);
+    if (!rounded) throw InvalidSize("a block of " + std::to_string(size) + " bytes does not fit 64 bits in pages");
+    return *rounded;
+}
+
+Bytes segment_size(Bytes request, bool no_split) {
+    if (no_split) return round_up(request, small_buffer);
+    if (request <= small_request) return small_buffer;
+    return request < made_to_measure ? large_buffer : round_up(request, small_buffer);
+}
+
+Bytes free_size(const Block* block) { return block != nullptr && block->is_free() ? block->size : 0; }
+
+}  // namespace
+
+Address Heap::allocate_slowly(Lock& lock, const HeapRequest& request) {
+    enum Effort { none, own_idle, idle_of_others, other_streams, other_arenas, last };
+    settle_passed(/*all=*/true);
+    std::vector<Returned> returned;
+    for (int effort = none;;) {
+        Arena& arena = arena_for(request.arena);
+        Block* block = take(arena, request);
+        if (block != nullptr) return hand_out(block, request);
+        const Bytes lacking = arena.elastic()
+                                  ? try_grow(arena.bin(request.stream, request.size > small_request), request)
+                                  : try_add_segment(lock, request);
+        if (lacking == 0) continue;  // the segment was made without the lock, so another thread may have taken it
+        switch (++effort) {
+            case own_idle:
+                ++stats_.retries;
+                release_all_idle(lacking, returned, request.note);
+                break;
+            case idle_of_others: break;
+            case other_streams:
+                wait_for_streams(lock);
+                release_all_idle(lacking, returned, request.note);
+                break;
+            case other_arenas:
+                if ((block = take_from_others(request)) != nullptr) return hand_out(block, request);
+                [[fallthrough]];
+            default:
+                ++stats_.out_of_memory;
+                lock.unlock();
+                throw pool_->out_of_memory(lacking);
+        }
+        lock.unlock();
+        give_back(returned);
+        pool_->make_room(lacking, /*wait=*/effort != own_idle);
+        lock.lock();
+    }
+}
+
+Bytes Heap::over_limit(Bytes more) const {
+    const Bytes reserved = static_cast<Bytes>(stats_.reserved_bytes.of[0].current);
+    if (more > options_.limit) return more;
+    return reserved > options_.limit - more ? reserved - (options_.limit - more) : 0;
+}
+
+Bytes Heap::try_grow(Bin& bin, const HeapRequest& request) {
+    Hole hole = best_hole(bin, request.size);
+    if (hole.block == nullptr) hole = add_range(bin, request.size);
+    if (!bin.large) {
+        Bytes resident = 0;
+        for (const auto& segment : bin.segments) resident += segment->resident;
+        const Bytes ahead = align_down(resident / small_growth, pool_->page_size());
+        if (over_limit(std::max(hole.pages, ahead)) == 0) {
+            hole.pages = std::min(std::max(hole.pages, ahead), hole.block->size);
+        }
+    }
+    // What lies idle elsewhere pays for what is mapped here, once the heap holds what its highest load needs. Below
+    // that it may keep idle memory, as it will be wanted again.
+    const auto current = [](const StatTriple& stat) { return static_cast<Bytes>(stat.of[0].current); };
+    highest_load_ = std::max(highest_load_, current(stats_.active_bytes) + request.size);
+    const Bytes allowed = highest_load_ + static_cast<Bytes>(options_.idle_share * static_cast<double>(highest_load_));
+    const Bytes held = current(stats_.reserved_bytes) + hole.pages;
+    if (held > allowed) release_extents(held - allowed, hole.block, request.note);
+
+    if (const Bytes over = over_limit(hole.pages); over > 0) return over;
+    Block* block = hole.block;
+    const Bytes begin = offset_of(block->address) + (hole.at_back ? block->size - hole.pages : 0);
+    AllocateOptions options;
+    options.stream = bin.stream;
+    options.largest_extent = round_up(std::max(modest_extent, hole.pages / 16), pool_->page_size());
+    if (const Bytes lacking = pool_->try_claim(begin, hole.pages, options); lacking > 0) return lacking;
+
+    bin.absent.erase(block);
+    if (hole.pages < block->size) {
+        Block* const rest = split(block, hole.at_back ? block->size - hole.pages : hole.pages);
+        bin.absent.insert(hole.at_back ? block : rest);
+        if (hole.at_back) block = rest;
+    }
+    notify(HeapAction::segment_map, block->address, hole.pages, *block->segment, request.note);
+    make_present(block);
+    return 0;
+}
+
+// Where the fewest pages are to be mapped, counting what lies free beside them; the lowest such place.
+Heap::Hole Heap::best_hole(const Bin& bin, Bytes size) const {
+    const Bytes page = pool_->page_size();
+    Hole best;
+    for (Block* const block : bin.absent) {
+        const Bytes before = free_size(block->prev);
+        const Bytes behind = free_size(block->next);
+        if (before + block->size + behind < size) continue;
+        for (const bool at_back : {false, true}) {
+            const Bytes beside = at_back ? behind : before;
+            const Bytes wanted = beside < size ? round_up(size - beside, page) : page;
+            const Hole hole{block, std::min(wanted, block->size), at_back};
+            if (best.block == nullptr || hole.pages < best.pages ||
+                (hole.pages == best.pages && block->address < best.block->address)) {
+                best = hole;
+            }
+        }
+    }
+    return best;
+}
+
+Heap::Hole Heap::add_range(Bin& bin, Bytes size) {
+    const Bytes page = pool_->page_size();
+    const Bytes pages = round_up(size, page);
+    const Bytes generous = align_down(window_.size() / (bin.large ? range_share : range_share * 16), page);
+    Bytes span = std::max(pages, generous);
+    Bytes begin = take_addresses(span);
+    if (begin == window_.end && span > pages) begin = take_addresses(span = pages);
+    if (begin == window_.end) {
+        drop_empty_ranges();
+        begin = take_addresses(span);
+    }
+    if (begin == window_.end) throw out_of_addresses(size);
+    auto made = std::make_unique<Segment>();
+    made->address = pool_->base_address() + begin;
+    made->size = span;
+    made->elastic = true;
+    made->bin = &bin;
+    made->first = new_block(made->address, span, made.get());
+    made->first->state = BlockState::absent;
+    Block* const block = made->first;
+    bin.absent.insert(block);
+    bin.segments.push_back(std::move(made));
+    return {block, pages, false};
+}
+
+OutOfVirtualMemory Heap::out_of_addresses(Bytes size) {
+    ++stats_.out_of_memory;
+    return {size, "the heap has " + format_bytes(addresses_.total()) + " of its " + format_bytes(window_.size()) +
+                      " of addresses free, not in one piece of that size"};
+}
+
+// Ranges of any stream that hold no memory; their addresses may serve another.
+void Heap::drop_empty_ranges() {
+    for (const auto& bin : common_->bins) {
+        std::erase_if(bin->segments, [&](const auto& segment) {
+            const Bytes begin = offset_of(segment->address);
+            if (segment->resident > 0 || pool_->blocked_until(begin, segment->size)) return false;
+            bin->absent.erase(segment->first);
+            spare_blocks_.push_back(segment->first);
+            addresses_.add({begin, begin + segment->size});
+            return true;
+        });
+    }
+}
+
+// The window's end where there is no such piece.
+Bytes Heap::take_addresses(Bytes size) {
+    const auto place = addresses_.find(size, pool_->page_size(), window_.begin);
+    if (!place) return window_.end;
+    addresses_.remove({*place, *place + size});
+    return *place;
+}
+
+Bytes Heap::try_add_segment(Lock& lock, const HeapRequest& request) {
+    Arena& arena = arena_for(request.arena);
+    const bool large = request.size > small_request;
+    const Bytes size = round_up(segment_size(request.size, arena.no_split), pool_->page_size());
+    if (const Bytes over = over_limit(size); over > 0) return over;
+    if (const std::shared_ptr<SegmentSource> source = arena.source) {
+        lock.unlock();
+        const Address address = source->try_allocate(size, request.stream);
+        lock.lock();
+        if (address == 0) return size;
+        insert_segment(arena_for(request.arena).bin(request.stream, large), address, size, request);
+        return 0;
+    }
+    Bytes begin = take_addresses(size);
+    if (begin == window_.end) {
+        drop_empty_ranges();
+        begin = take_addresses(size);
+    }
+    if (begin == window_.end) throw out_of_addresses(size);
+    AllocateOptions options;
+    options.stream = request.stream;
+    Bytes lacking = 0;
+    try {
+        lacking = pool_->try_claim(begin, size, options);
+    } catch (...) {
+        addresses_.add({begin, begin + size});
+        throw;
+    }
+    if (lacking > 0) {
+        addresses_.add({begin, begin + size});
+        return lacking;
+    }
+    insert_segment(arena.bin(request.stream, large), pool_->base_address() + begin, size, request);
+    return 0;
+}
+
+// Arenas that lend their free memory rather than let others run out of it.
+Block* Heap::take_from_others(const HeapRequest& request) {
+    if (!request.arena.common()) return nullptr;
+    for (const auto& [id, arena] : arenas_) {
+        if (!arena->use_on_oom || id.common()) continue;
+        if (Block* const block = take(*arena, request)) return block;
+    }
+    return nullptr;
+}
+
+}  // namespace elastikv

@@ -1,0 +1,88 @@
+// The heap and others on one budget: who gives way, and what is left when there is no more.
+#include "support/heap_fixture.h"
+
+namespace elastikv::testing {
+namespace {
+
+TEST_CASE("heap: out of memory changes nothing, names the holders, and can be recovered from", "[heap][pressure]") {
+    HeapFixture at({.limit = 16 * MiB});
+    const Address held = at.get(12 * MiB);
+    const HeapSnapshot before(*at.heap);
+    CHECK_THROWS_AS(at.get(8 * MiB), OutOfPhysicalMemory);
+    CHECK_THROWS_WITH(at.get(8 * MiB), Catch::Matchers::ContainsSubstring("heap"));
+    CHECK(HeapSnapshot(*at.heap) == before);
+    CHECK(at.heap->stats().out_of_memory == 2);
+    CHECK(at.budget->charged() == 12 * MiB);
+    at.heap->free(held);
+    CHECK(at.get(15 * MiB) != 0);
+    at.finish();
+}
+
+TEST_CASE("heap: idle memory of one stream serves another", "[heap][pressure]") {
+    for (const bool lags : {false, true}) {
+        CAPTURE(lags);
+        HeapFixture at({.limit = 16 * MiB, .lags = lags});
+        at.heap->free(at.get(14 * MiB, 1));
+        const Address other = at.get(14 * MiB, 2);
+        CHECK(at.heap->find(other).has_value());
+        CHECK(at.budget->charged() <= 16 * MiB);
+        at.finish();
+    }
+}
+
+TEST_CASE("heap: growth gives idle extents back rather than pass its highest load", "[heap][pressure]") {
+    HeapFixture at;
+    at.heap->free(at.get(64 * MiB, 1));
+    at.get(32 * MiB, 2);
+    CHECK(at.heap->stats().reserved_bytes.of[0].current <= static_cast<std::int64_t>(65 * MiB));
+    at.finish();
+}
+
+TEST_CASE("heap: another client's need takes idle memory, never blocks in use", "[heap][pressure]") {
+    HeapFixture at({.limit = 16 * MiB});
+    const Address kept = at.get(4 * MiB);
+    at.heap->free(at.get(8 * MiB));
+    const auto other = std::make_shared<VirtualMemoryPool>(64 * MiB, at.faults, PoolOptions{}, at.budget);
+    at.budget->add("other", other);
+    other->allocate(0, 10 * MiB);
+    CHECK(at.heap->find(kept).has_value());
+    CHECK_THROWS_AS(other->allocate(32 * MiB, 10 * MiB), OutOfPhysicalMemory);
+    CHECK_THROWS_AS(at.get(8 * MiB), OutOfPhysicalMemory);
+    other->deallocate(0, 10 * MiB);
+    CHECK(at.get(8 * MiB) != 0);
+    other->close();
+    const std::size_t reservations = at.host->live_reservations();
+    CHECK(reservations == 2);
+    at.require_sound();
+}
+
+TEST_CASE("heap: its own limit holds", "[heap][pressure]") {
+    HeapOptions options;
+    options.limit = 8 * MiB;
+    HeapFixture at({.options = options});
+    const Address block = at.get(6 * MiB);
+    CHECK_THROWS_AS(at.get(4 * MiB), OutOfPhysicalMemory);
+    at.heap->free(block);
+    CHECK(at.get(7 * MiB, 1) != 0);
+    CHECK(at.heap->stats().reserved_bytes.of[0].peak <= static_cast<std::int64_t>(8 * MiB));
+    at.finish();
+}
+
+TEST_CASE("heap: empty_cache gives back an extent that was taken up again in part", "[heap][pressure]") {
+    HeapFixture at({.lags = true});
+    const Address block = at.get(8 * MiB, 1);
+    at.lagging->enqueue({1}, block, 8 * MiB, [] {});
+    at.heap->free(block);
+    at.heap->release_idle(~Bytes{0});
+    const Address part = at.get(2 * MiB, 1);  // of the same extent, which still retires
+    CHECK(part == block);
+    CHECK(at.budget->charged() == 8 * MiB);
+    at.heap->free(part);
+    CHECK(at.heap->empty_cache() == 2 * MiB);
+    CHECK(at.heap->stats().reserved_bytes.of[0].current == 0);
+    CHECK(at.budget->charged() == 0);
+    at.finish();
+}
+
+}  // namespace
+}  // namespace elastikv::testing
