@@ -18,6 +18,9 @@ void bind_stats(py::module_& module);
 void bind_pools(py::module_& module);
 void bind_tensors(py::module_& module);
 void bind_devices(py::module_& module);
+void bind_ways(py::module_& module);
+void bind_allocator(py::module_& module);
+void bind_replay(py::module_& module);
 
 // A Python integer as bytes. Below 0 or beyond 64 bits: the Python exception `error` of elastikv.errors, naming `what`.
 // Not an integer: TypeError.

@@ -52,6 +52,8 @@ void bind_errors(py::module_&) {
             raise("ModelAlreadyExists", e);
         } catch (const DeviceUnavailable& e) {
             raise("DeviceUnavailable", e);
+        } catch (const HandoffFailed& e) {
+            raise("HandoffFailed", e);
         } catch (const PoolClosed& e) {
             raise("PoolClosed", e);
         } catch (const VmmError& e) {

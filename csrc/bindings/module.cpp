@@ -66,4 +66,7 @@ PYBIND11_MODULE(_core, module) {
     bind_pools(module);
     bind_tensors(module);
     bind_devices(module);
+    bind_ways(module);
+    bind_allocator(module);
+    bind_replay(module);
 }

@@ -10,11 +10,13 @@ torch.Size([512, 16, 2, 8, 128])
 
 from __future__ import annotations
 
-import torch  # before _core, whose symbols it brings
+from pathlib import Path
+
+import torch as _torch  # before _core, whose symbols it brings; `elastikv.torch` is a package of ours
 
 from elastikv._check import check_torch
 
-check_torch(torch.__version__)
+check_torch(_torch.__version__)
 
 from elastikv import errors  # noqa: E402
 from elastikv._build_info import VERSION as __version__  # noqa: E402
@@ -53,20 +55,30 @@ __all__ = [
     "grow_",
     "hf",  # noqa: F405 (loaded when asked for)
     "is_elastic",
+    "library_path",
     "model_of",
     "prefetch",
     "record_stream",
     "resident_bytes",
     "shrink_",
+    "torch",  # noqa: F405 (loaded when asked for)
     "zeros",
     *errors.__all__,
 ]
 
 
+def library_path() -> str:
+    """The path of libelastikv_torch.so, with `elastikv_malloc` and `elastikv_free` for torch's pluggable allocator.
+
+    It needs no Python, only torch's libraries in the process. See `elastikv.torch.pluggable_allocator`.
+    """
+    return str(Path(__file__).with_name("libelastikv_torch.so"))
+
+
 def __getattr__(name: str) -> object:
-    # transformers takes seconds to import and is optional, so elastikv.hf is loaded when it is asked for.
-    if name == "hf":
+    # Loaded when asked for: hf, as transformers is optional and takes seconds to import, and torch with it.
+    if name in ("hf", "torch"):
         import importlib
 
-        return importlib.import_module("elastikv.hf")
+        return importlib.import_module(f"elastikv.{name}")
     raise AttributeError(f"module 'elastikv' has no attribute '{name}'")

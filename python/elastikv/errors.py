@@ -11,6 +11,7 @@ __all__ = [
     "AlreadyMapped",
     "CudaError",
     "DeviceUnavailable",
+    "HandoffFailed",
     "InvalidAlignment",
     "InvalidArgument",
     "InvalidOffset",
@@ -103,6 +104,10 @@ class ModelNotFound(VmmError, KeyError):
 
 class ModelAlreadyExists(VmmError, ValueError):
     """A model of that name is registered already."""
+
+
+class HandoffFailed(VmmError):
+    """Memory of another process can't be had: it has exited, does not answer, or has taken the memory back."""
 
 
 class PoolClosed(VmmError):
