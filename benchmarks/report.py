@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Turns a run of bench_growth into a results file, and results files into the README's table.
+"""Turns runs of bench_growth and bench_allocator into results files, and results files into the README's tables.
 
-    benchmarks/report.py collect RAW.json              # Google Benchmark's output -> benchmarks/results/growth-*.json
-    benchmarks/report.py show FILE.json                # the table with ratios and bars, on the terminal
-    benchmarks/report.py readme                        # writes the table of the newest results into README.md
+    benchmarks/report.py collect RAW.json    # what bench_growth or bench_allocator.py wrote -> benchmarks/results/
+    benchmarks/report.py show FILE.json      # the tables with ratios and bars, on the terminal
+    benchmarks/report.py readme              # writes the tables of the newest results into README.md
 
 Ratios compare rows of one run, so they mean the same on a slow machine and on a fast one. Needs nothing but Python.
 """
@@ -20,9 +20,10 @@ import subprocess
 import sys
 from typing import Any
 
+import allocator_report
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- growth: made by benchmarks/report.py readme -->", "<!-- growth: end -->"
 
 NAMES = {
     "floor": "driver's floor: one handle",
@@ -58,8 +59,12 @@ def machine(context: dict[str, Any]) -> dict[str, str]:
 
 
 def collect(raw: pathlib.Path, commit: str, folder: pathlib.Path) -> pathlib.Path:
-    """Writes the medians of Google Benchmark's JSON `raw` as a results file in `folder` and returns its path."""
+    """Writes `raw` as a results file in `folder` and returns its path."""
     data = json.loads(raw.read_text())
+    if data.get("benchmark") == "allocator":
+        where = machine({"num_cpus": os.cpu_count()})
+        return write(folder, where["gpu"], {"benchmark": "allocator", "commit": commit, **where, **data})
+    # Google Benchmark's: its medians.
     rows: dict[str, dict[str, float]] = {}
     for run in data["benchmarks"]:
         if run.get("aggregate_name") != "median":
@@ -68,12 +73,16 @@ def collect(raw: pathlib.Path, commit: str, folder: pathlib.Path) -> pathlib.Pat
         counters = {key: run[key] for key in ("driver_calls", "extents", "overshoot") if key in run}
         rows[name] = {"microseconds": run["real_time"], **counters}
     where = machine(data["context"])
+    chip = where["gpu"] if any(name.startswith("cuda") for name in rows) else "host"
+    return write(folder, chip, {"benchmark": "growth", "commit": commit, **where, "bytes": 1 << 30, "rows": rows})
+
+
+def write(folder: pathlib.Path, chip: str, result: dict[str, Any]) -> pathlib.Path:
+    """Writes `result`, of today, under a name of its benchmark, chip and date."""
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    label = (where["gpu"] if any(name.startswith("cuda") for name in rows) else "host").lower().replace(" ", "-")
-    result = {"benchmark": "growth", "date": date, "commit": commit, **where, "bytes": 1 << 30, "rows": rows}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"growth-{label}-{date}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path = folder / f"{result['benchmark']}-{chip.lower().replace(' ', '-')}-{date}.json"
+    path.write_text(json.dumps({"benchmark": result["benchmark"], "date": date, **result}, indent=2) + "\n")
     return path
 
 
@@ -115,6 +124,10 @@ def devices(result: dict[str, Any]) -> list[str]:
 
 def show(result: dict[str, Any]) -> bool:
     """Prints the tables and the bars; False if a bar of a GPU is missed."""
+    if result["benchmark"] == "allocator":
+        print(f"{result['gpu']}, torch {result['torch']}, {result['date']}, commit {result['commit']}")
+        allocator_report.print_tables(result)
+        return show_bars(allocator_report.bars(result))
     fine = True
     for device in devices(result):
         chip = result["cpu" if device == "cpu" else "gpu"]
@@ -123,10 +136,14 @@ def show(result: dict[str, Any]) -> bool:
             print(f"  {title:34} {time:>12} {ratio:>10} {calls:>6} calls {overshoot:>8}")
         if device == "cpu":
             continue
-        for what, value, bar, holds in bars(result, device):
-            print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.3g}")
-            fine = fine and holds
+        fine = show_bars(bars(result, device)) and fine
     return fine
+
+
+def show_bars(found: list[tuple[str, float, float, bool]]) -> bool:
+    for what, value, bar, holds in found:
+        print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.3g}")
+    return all(holds for *_, holds in found)
 
 
 def markdown(result: dict[str, Any], device: str) -> str:
@@ -138,15 +155,34 @@ def markdown(result: dict[str, Any], device: str) -> str:
     return "\n".join(text)
 
 
+def newest(benchmark: str) -> dict[str, Any] | None:
+    files = [(json.loads(path.read_text()), path.name) for path in RESULTS.glob(f"{benchmark}-*.json")]
+    return max(files, key=lambda each: (each[0]["date"], each[1]))[0] if files else None
+
+
+def growth_section(result: dict[str, Any]) -> str:
+    return "\n\n".join(markdown(result, device) for device in devices(result))
+
+
+def allocator_section(result: dict[str, Any]) -> str:
+    where = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}"
+    head = f"Torch's allocations on {where} ({result['date']}, commit {result['commit']}):"
+    return f"{head}\n\n{allocator_report.markdown(result)}"
+
+
 def readme() -> None:
-    """Replaces the README's table by one of the newest results."""
-    newest = max(RESULTS.glob("growth-*.json"), key=lambda path: (json.loads(path.read_text())["date"], path.name))
-    result = json.loads(newest.read_text())
+    """Replaces the README's tables by those of the newest results."""
     path = ROOT / "README.md"
-    before, rest = path.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    tables = "\n\n".join(markdown(result, device) for device in devices(result))
-    path.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}")
+    text = path.read_text()
+    for benchmark, section in (("growth", growth_section), ("allocator", allocator_section)):
+        begin, end = f"<!-- {benchmark}: made by benchmarks/report.py readme -->", f"<!-- {benchmark}: end -->"
+        result = newest(benchmark)
+        if result is None or begin not in text:
+            continue
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}\n{section(result)}\n{end}{after}"
+    path.write_text(text)
 
 
 def main() -> int:
