@@ -11,6 +11,13 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_L
     target_compile_options(elastikv_warnings INTERFACE -Wno-restrict) # false alarms about "literal" + std::string
 endif()
 
+# Where a compiler brings libstdc++ as an archive only, its symbols stay inside of what is linked: a second copy that others
+# can see mixes with the process's own, and the first number that is printed crashes.
+add_library(elastikv_own_libstdcxx INTERFACE)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    target_link_options(elastikv_own_libstdcxx INTERFACE LINKER:--exclude-libs,libstdc++.a)
+endif()
+
 # elastikv_compiler_options(<target>): C++20 and, where asked for, the sanitizers. The sanitizers' link flags are PUBLIC:
 # whatever links an instrumented library needs the run time too.
 function(elastikv_compiler_options target)

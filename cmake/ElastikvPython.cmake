@@ -17,7 +17,8 @@ add_library(elastikv_torch SHARED ${torch_sources})
 target_include_directories(elastikv_torch PUBLIC csrc)
 # The core goes in whole and is linked nowhere else: _core finds its symbols here, so there is one copy of its state.
 target_link_libraries(elastikv_torch PUBLIC TorchWheel::torch
-                                     PRIVATE $<LINK_LIBRARY:WHOLE_ARCHIVE,elastikv_core> elastikv_warnings)
+                                     PRIVATE $<LINK_LIBRARY:WHOLE_ARCHIVE,elastikv_core> elastikv_warnings
+                                             elastikv_own_libstdcxx)
 target_compile_definitions(elastikv_torch PUBLIC ELASTIKV_TORCH_CUDA=$<BOOL:${ELASTIKV_TORCH_CUDA}>)
 elastikv_compiler_options(elastikv_torch)
 set_target_properties(elastikv_torch PROPERTIES INSTALL_RPATH "${package_rpath}" LINKER_LANGUAGE CXX)
@@ -25,7 +26,7 @@ set_target_properties(elastikv_torch PROPERTIES INSTALL_RPATH "${package_rpath}"
 file(GLOB bindings_sources CONFIGURE_DEPENDS csrc/bindings/*.cpp)
 # NO_EXTRAS: link-time optimisation would cost minutes and gain nothing, the module is thin.
 pybind11_add_module(_core MODULE NO_EXTRAS ${bindings_sources})
-target_link_libraries(_core PRIVATE elastikv_torch TorchWheel::python elastikv_warnings)
+target_link_libraries(_core PRIVATE elastikv_torch TorchWheel::python elastikv_warnings elastikv_own_libstdcxx)
 elastikv_compiler_options(_core)
 set_target_properties(_core PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON
                                        INSTALL_RPATH "${package_rpath}")

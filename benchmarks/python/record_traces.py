@@ -123,12 +123,12 @@ def decode(model: Transformer, running: list[Request], device: str) -> None:
 
 @torch.inference_mode()
 def serve(device: str, tiny: bool) -> None:
-    """The shipped trace three times over, its requests shuffled; bfloat16, at most 12 at once, some 15 GiB."""
+    """The shipped trace, its requests shuffled; bfloat16, at most 12 at once, some 15 GiB."""
     layers, width, vocabulary, scale = (2, 256, 512, 0.25) if tiny else (4, 4096, 32000, 64)
     rng = random.Random(SEED)
     waiting = [
         Request(max(int(each.context_tokens * scale * rng.uniform(0.2, 1.6)), 1), each.generated_tokens)
-        for each in read_trace(DEFAULT_TRACE) * 3
+        for each in read_trace(DEFAULT_TRACE)
     ]
     rng.shuffle(waiting)
     waiting = waiting[:4] if tiny else waiting

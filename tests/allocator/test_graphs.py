@@ -78,6 +78,7 @@ def test_blocks_that_other_streams_use_in_a_capture() -> None:
 
 
 @pytest.mark.needs("statistics")
+@pytest.mark.needs("release")
 def test_a_graphs_memory_goes_back_once_it_is_gone() -> None:
     x = torch.zeros(8 << 20, device="cuda")
     before = torch.cuda.memory_reserved()

@@ -88,7 +88,7 @@ def test_out_of_memory_and_recovery(way: str, pool: elastikv.SharedMemoryPool | 
     with pytest.raises(torch.OutOfMemoryError) as failure:
         fill()
     if pool is not None and way != "mem_pool":  # there torch writes the text
-        assert "Tried to allocate 1.00 GiB" in str(failure.value)
+        assert "Tried to allocate 1024.00 MiB" in str(failure.value)  # as torch writes it
         assert "retiring" in str(failure.value)  # who holds what
     assert len(kept) >= LIMIT // GIB - 2
     assert all(int(tensor[0]) == number for number, tensor in enumerate(kept))
@@ -105,6 +105,7 @@ def test_a_size_beyond_all_memory_is_out_of_memory() -> None:
     assert int(torch.ones(10, device="cuda").sum()) == 10
 
 
+@pytest.mark.needs("release")
 def test_another_shape_fits_where_many_blocks_were(pool: elastikv.SharedMemoryPool | None) -> None:
     """What is cached is given up, whatever its shape, before memory runs out."""
     for piece in (LIMIT // 64, LIMIT // 5, LIMIT // 16, LIMIT // 3):
@@ -114,7 +115,8 @@ def test_another_shape_fits_where_many_blocks_were(pool: elastikv.SharedMemoryPo
     assert held(pool) <= LIMIT
 
 
-def test_empty_cache_gives_the_memory_to_the_driver(way: str, pool: elastikv.SharedMemoryPool | None) -> None:
+@pytest.mark.needs("release")
+def test_empty_cache_gives_the_memory_to_the_driver(way: str) -> None:
     if way == "pluggable":
         pytest.skip("torch has no empty_cache for pluggable allocators")
     torch.cuda.synchronize()
@@ -123,10 +125,9 @@ def test_empty_cache_gives_the_memory_to_the_driver(way: str, pool: elastikv.Sha
     y = torch.empty(1000, device="cuda")
     del x
     torch.cuda.synchronize()
-    if way != "mem_pool":
-        assert torch.cuda.mem_get_info()[0] <= before - 4 * GIB
-        torch.cuda.empty_cache()
-        assert torch.cuda.mem_get_info()[0] >= before - 64 * MIB
+    assert torch.cuda.mem_get_info()[0] <= before - 4 * GIB
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info()[0] >= before - 64 * MIB
     del y
 
 
