@@ -16,6 +16,7 @@ namespace py = pybind11;
 void bind_errors(py::module_& module);
 void bind_stats(py::module_& module);
 void bind_pools(py::module_& module);
+void bind_timeline(py::module_& module);
 void bind_tensors(py::module_& module);
 void bind_devices(py::module_& module);
 void bind_ways(py::module_& module);

@@ -64,6 +64,7 @@ PYBIND11_MODULE(_core, module) {
     bind_errors(module);
     bind_stats(module);
     bind_pools(module);
+    bind_timeline(module);
     bind_tensors(module);
     bind_devices(module);
     bind_ways(module);

@@ -114,6 +114,17 @@ void deallocate_for_model(SharedMemoryPool& pool, const std::string& id, const p
     pool.deallocate_for_model(id, begin, bytes, handles, gate);
 }
 
+void allow_peer(SharedMemoryPool& pool, const py::object& device) {
+    const std::string name = py::str(device);
+    const Capabilities peer = driver_for(name)->capabilities();
+    if (peer.kind != pool.device().kind) {
+        throw InvalidArgument(name + " can't be a peer of " + device_name(pool.device()) +
+                              ": peers are two CUDA devices");
+    }
+    const py::gil_scoped_release release;
+    pool.allow_peer(peer.index);
+}
+
 template <typename T>
 void add_context_manager(py::class_<T, std::shared_ptr<T>>& type) {
     type.def("close", &T::close, NoGil());
@@ -238,6 +249,11 @@ For streams and gate see VirtualMemoryPool.deallocate. Raises ModelNotFound, Inv
              "The model's MemoryStats, or None for an unknown name.")
         .def("global_stats", &SharedMemoryPool::global_stats, NoGil(), "A GlobalMemoryStats.")
         .def("trim", &SharedMemoryPool::trim, NoGil(), "Gives all models' parked memory back; returns the bytes freed.")
+        .def("allow_peer", &allow_peer, arg("device"),
+             R"(The other device, as "cuda:1", may read and write every model's memory, what is mapped now and later.
+
+Also what other pools of this pool's device map from now on. Allowing a device again, or the pool's own, changes nothing.
+Raises DeviceUnavailable, InvalidArgument (a CPU and a GPU), CudaError (the two can't reach each other's memory).)")
         .def_property_readonly("page_size", &SharedMemoryPool::page_size)
         .def_property_readonly("device", [](const SharedMemoryPool& self) { return device_name(self.device()); });
     add_context_manager(shared);

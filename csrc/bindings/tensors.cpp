@@ -115,6 +115,19 @@ py::object shrink(const py::object& object, const py::object& to) {
     return object;
 }
 
+std::unique_ptr<torch::StagedGrowth> stage_growth(const std::vector<std::pair<py::object, py::object>>& wanted) {
+    std::vector<std::pair<at::Tensor, std::int64_t>> growth;
+    for (const auto& [tensor, length] : wanted) growth.emplace_back(to_tensor(tensor), to_length(length));
+    const py::gil_scoped_release release;
+    return std::make_unique<torch::StagedGrowth>(growth);
+}
+
+void require_shrinkable(const py::object& object, const py::object& to) {
+    const at::Tensor tensor = to_tensor(object);
+    const std::int64_t length = to_length(to);
+    torch::require_shrinkable(tensor, length, /*own_references=*/2);  // as in shrink()
+}
+
 void prefetch(const py::object& object, const py::object& to) {
     const at::Tensor tensor = to_tensor(object);
     const std::int64_t length = to_length(to);
@@ -184,6 +197,15 @@ Raises InvalidArgument (beyond max_shape, below the present length, not an elast
 
 The memory beyond is given back once work on the current stream and on recorded streams has finished.
 Raises InvalidArgument above the present length, and while other tensors share the storage, as they could reach into it.)");
+    py::class_<torch::StagedGrowth>(module, "StagedGrowth", R"(Several tensors' growth in two halves.
+
+From construction on the memory is there, exactly, while shapes stay as they are; commit() makes it count, drop(), or the
+end of the object, gives it back. All or nothing. Raises what grow_ does.)")
+        .def(py::init(&stage_growth), arg("wanted"), "wanted: pairs of a tensor and the length to grow to.")
+        .def("commit", &torch::StagedGrowth::commit, py::call_guard<py::gil_scoped_release>())
+        .def("drop", &torch::StagedGrowth::drop, py::call_guard<py::gil_scoped_release>());
+    module.def("require_shrinkable", &require_shrinkable, arg("tensor"), arg("length"),
+               "Raises what shrink_ would refuse, and does nothing else.");
     module.def(
         "prefetch", &prefetch, arg("tensor"), arg("length"),
         "Maps memory up to `length` in the background; the tensor keeps its length. Dropped when memory is short.");

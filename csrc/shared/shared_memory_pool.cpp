@@ -91,6 +91,15 @@ GlobalMemoryStats SharedMemoryPool::global_stats() const {
     return stats;
 }
 
+std::vector<ModelMemory> SharedMemoryPool::snapshot() const {
+    process_.require_same_process();
+    std::vector<ModelMemory> models;
+    budget_->for_each_pool([&](const std::string& name, const VirtualMemoryPool& pool) {
+        models.push_back({name, pool.stats(), budget_->limit()});
+    });
+    return models;
+}
+
 std::vector<std::string> SharedMemoryPool::models() const {
     process_.require_same_process();
     std::vector<std::string> names;
@@ -102,6 +111,22 @@ std::vector<std::string> SharedMemoryPool::models() const {
 Bytes SharedMemoryPool::trim() {
     process_.require_same_process();
     return budget_->make_room(~Bytes{0}, false);
+}
+
+void SharedMemoryPool::allow_peer(int device) {
+    process_.require_same_process();
+    // The driver first: what is mapped from here on is open to the peer, whoever maps it.
+    const Status allowed = driver_->allow_peer(device);
+    if (!allowed.ok()) {
+        throw CudaError(allowed, "allowing device " + std::to_string(device) + " to use the memory of " +
+                                     device_name(driver_->capabilities()));
+    }
+    budget_->for_each_pool([&](const std::string&, VirtualMemoryPool& pool) {
+        try {
+            pool.allow_peer(device);
+        } catch (const PoolClosed&) {  // NOLINT(bugprone-empty-catch): its memory is on its way back
+        }
+    });
 }
 
 void SharedMemoryPool::close() {

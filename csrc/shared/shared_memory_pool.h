@@ -22,6 +22,12 @@ struct GlobalMemoryStats {
     Bytes peak_physical = 0;
 };
 
+struct ModelMemory {
+    std::string name;
+    MemoryStats stats;
+    Bytes limit = 0;
+};
+
 // Every model has addresses of its own and draws physical memory from the common limit, charged before it exists. Where
 // a charge does not fit, parked memory is taken, from any model, and memory that retires is waited for, before anything
 // fails. Memory that changes hands is zeroed.
@@ -47,9 +53,15 @@ class SharedMemoryPool {
 
     std::optional<MemoryStats> get_model_stats(const std::string& id) const;
     GlobalMemoryStats global_stats() const;
+    // Every model, in order of registration, also those that are unregistered while tensors of theirs live. So a name
+    // may be there twice.
+    std::vector<ModelMemory> snapshot() const;
     std::vector<std::string> models() const;
     // Gives all parked memory back; returns the bytes freed.
     Bytes trim();
+    // The device of that index may read and write the memory of every model, present and future, and what other pools
+    // of this device map from now on. Throws CudaError as VirtualMemoryPool::allow_peer does.
+    void allow_peer(int device);
     // Unregisters every model. Later use throws PoolClosed, except for statistics. Throws CudaError where the device
     // can't be waited for; calling it again goes on with the models that are left.
     void close();

@@ -46,7 +46,14 @@ std::vector<Stream> ElasticBlock::users() const {
 
 void ElasticBlock::grow(std::uint64_t length, bool exact) {
     const std::lock_guard lock(mutex_);
+    require_none_staged();
     if (length <= length_) return;
+    claim_rows(length, exact);
+    length_ = length;
+}
+
+// All rows or none; length_ is the caller's to change.
+void ElasticBlock::claim_rows(std::uint64_t length, bool exact) {
     const Bytes begin = length_ * layout_.unit;
     const Bytes end = length * layout_.unit;
     AllocateOptions options;
@@ -64,13 +71,43 @@ void ElasticBlock::grow(std::uint64_t length, bool exact) {
             throw;
         }
     }
-    length_ = length;
     // Whoever grows it uses it there, and may drop it under another stream.
     add_stream(options.stream);
 }
 
+void ElasticBlock::stage(std::uint64_t length) {
+    const std::lock_guard lock(mutex_);
+    require_none_staged();
+    if (length > length_) claim_rows(length, /*exact=*/true);
+    staged_ = std::max(length, length_);
+}
+
+void ElasticBlock::commit_staged() noexcept {
+    const std::lock_guard lock(mutex_);
+    length_ = staged_.value_or(length_);
+    staged_.reset();
+}
+
+void ElasticBlock::drop_staged() noexcept {
+    const std::lock_guard lock(mutex_);
+    const std::uint64_t end = staged_.value_or(length_);
+    staged_.reset();
+    if (end == length_) return;
+    try {
+        region_->release(row_parts(layout_.rows, length_ * layout_.unit, end * layout_.unit), {});
+    } catch (...) {  // NOLINT(bugprone-empty-catch): a closed pool has taken it back; the rest goes with the region
+    }
+}
+
+void ElasticBlock::require_none_staged() const {
+    if (!staged_) return;
+    throw InvalidArgument("a growth of the tensor to length " + std::to_string(*staged_) +
+                          " is under way in its group of ranks; it can change once that is decided");
+}
+
 void ElasticBlock::shrink(std::uint64_t length) {
     const std::lock_guard lock(mutex_);
+    require_none_staged();
     if (length >= length_) return;
     region_->release(row_parts(layout_.rows, length * layout_.unit, length_ * layout_.unit), users());
     length_ = length;
