@@ -24,6 +24,7 @@ __all__ = [
     "OutOfPhysicalMemory",
     "OutOfVirtualMemory",
     "PoolClosed",
+    "RankFailed",
     "UnmappingFailed",
     "VmmError",
 ]
@@ -112,3 +113,11 @@ class HandoffFailed(VmmError):
 
 class PoolClosed(VmmError):
     """Used after `close()`, or in a process forked from the one that made the pool."""
+
+
+class RankFailed(VmmError):
+    """Another rank of a group did not do its part, so nobody did. `rank` is which, None where that is not known."""
+
+    def __init__(self, message: str, *, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
