@@ -1,4 +1,6 @@
-"""One rank of test_ranks.py: run as `python ranks_worker.py RANK RANKS FOLDER`. What goes wrong ends it with a traceback."""
+"""One rank of test_ranks.py, run as `ranks_worker.py RANK RANKS FOLDER`. What goes wrong ends it with a traceback."""
+
+# ruff: noqa: PT017 (what a rank must see depends on the dice)
 
 from __future__ import annotations
 
@@ -121,7 +123,7 @@ def different_calls() -> None:
     ranks, books, me = Ranks(timeout=60), Books(), dist.get_rank()
     with pytest.raises(elastikv.RankFailed, match="different lengths"):
         ranks.grow([(books.tensors[0], 3 + me)])
-    with pytest.raises(elastikv.RankFailed, match="another call"):
+    with pytest.raises(elastikv.RankFailed, match="made another call"):
         (ranks.grow if me == 0 else ranks.shrink)([(books.tensors[0], 0)])
     with pytest.raises(elastikv.InvalidArgument, match="under way"):
         ranks.grow([(books.tensors[0], 3), (books.tensors[0], 4)])

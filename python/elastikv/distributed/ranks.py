@@ -1,4 +1,4 @@
-"""One decision for all ranks: everyone makes the memory, one small collective says whether all could, all keep or drop it."""
+"""One decision for all ranks: each makes the memory, a small collective says whether all could, all keep or drop it."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Ranks:
     group of its own on the CPU: 40 bytes a call, no device work.
     timeout: seconds after which a rank that does not answer is given up.
 
-    Each call of `grow` and `shrink` must be made by every rank, in the same order, with the same lengths; tensors, their
-    other dimensions, dtypes and devices may differ. It costs one collective, however many tensors it has: so grow all
-    layers and slots of a step in one call, and some tokens ahead, as a tensor can be sliced.
+    Each call of `grow` and `shrink` must be made by every rank, in the same order, with the same lengths; tensors,
+    their other dimensions, dtypes and devices may differ. It costs one collective, however many tensors it has: so grow
+    all layers and slots of a step in one call, and some tokens ahead, as a tensor can be sliced.
 
-    Memory is taken exactly, never ahead, so a rank's tensors lie on the same pages as the others' after every call. What
-    a rank keeps parked is its own matter.
+    Memory is taken exactly, never ahead, so a rank's tensors lie on the same pages as the others' after every call.
+    What a rank keeps parked is its own matter.
 
-    After RankFailed that says so the object is broken and refuses every call: where a rank dies in the midst of one, some
-    ranks may have learned the outcome and others not. Make a new one of the ranks that are left. Thread safe.
+    After a RankFailed that says so the object is broken and refuses every call: where a rank dies in the midst of one,
+    some ranks may have learned the outcome and others not. Make a new one of the ranks that are left. Thread safe.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, timeout: float = 30.0) -> None:
@@ -52,8 +52,8 @@ class Ranks:
         self.timeout = timeout
         self._broken: RankFailed | None = None
         self._lock = threading.Lock()
-        # Only the members take part in making it. Never destroyed by us: torch names such a group after its members, and
-        # would find the addresses of a dead one for the next.
+        # Only the members take part in making it. Never destroyed by us: torch names such a group after its members,
+        # and would find the addresses of a dead one for the next.
         self._group: Any = dist.new_group(
             list(members), timeout=datetime.timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True
         )
@@ -143,13 +143,13 @@ class Ranks:
                 del failure
         if low != -high and low != largest:
             raise RankFailed(
-                f"the ranks of {list(self.members)} called {what} with different lengths, or one another call"
+                f"the ranks of {list(self.members)} called {what} with different lengths, or one made another call"
             )
         if least == FAILED:
             raise RankFailed(f"rank {failed} refused to {what}, so nobody did; its own error says why", rank=failed)
         if least == OUT_OF_MEMORY:
             raise OutOfPhysicalMemory(
-                f"rank {out_of_memory} has no memory for its part, so nobody grew; its own error says who holds what there"
+                f"rank {out_of_memory} has no memory for its part, so nobody grew; its own error says who holds what"
             )
 
     def _break(self, why: str) -> RankFailed:
