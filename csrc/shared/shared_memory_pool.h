@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "shared/model.h"
+#include "shared/physical_budget.h"
 
 namespace elastikv {
 
@@ -20,10 +21,12 @@ struct GlobalMemoryStats {
     Bytes parked = 0;
     Bytes retiring = 0;
     Bytes peak_physical = 0;
+    Bytes reserved = 0;   // sum of the models' reserves
+    Bytes committed = 0;  // sum of max(charged, reserve): what of the limit is spoken for
 };
 
 // Every model has addresses of its own and draws physical memory from the common limit, charged before it exists. Where
-// a charge does not fit, parked memory is taken, from any model, and memory that retires is waited for, before anything
+// a charge does not fit, room is made as PhysicalBudget::make_room says, within the models' quotas, before anything
 // fails. Memory that changes hands is zeroed.
 //
 // Thread safe: a mutex guards the list of models and is not held while a model is used.
@@ -32,10 +35,10 @@ class SharedMemoryPool {
     // No memory, no addresses yet. Throws InvalidArgument where the limit is below one page, InvalidPageSize.
     SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options = {});
 
-    // `park_limit` replaces the pool's for this model. Throws ModelAlreadyExists, InvalidArgument (an empty id),
-    // InvalidSize, OutOfVirtualMemory.
+    // `park_limit` replaces the pool's for this model. Throws ModelAlreadyExists, InvalidArgument (an empty id, a quota
+    // that does not fit), InvalidSize, OutOfVirtualMemory.
     ModelPtr register_model(const std::string& id, Bytes virtual_capacity,
-                            std::optional<Bytes> park_limit = std::nullopt);
+                            std::optional<Bytes> park_limit = std::nullopt, const Quota& quota = {});
     // Frees what allocate_for_model gave out. Tensors keep their memory, charged, until they die. Throws ModelNotFound.
     void unregister_model(const std::string& id);
     // Throws ModelNotFound; for the rest see Model.
@@ -48,7 +51,9 @@ class SharedMemoryPool {
     std::optional<MemoryStats> get_model_stats(const std::string& id) const;
     GlobalMemoryStats global_stats() const;
     std::vector<std::string> models() const;
-    // Gives all parked memory back; returns the bytes freed.
+    // Of every model that is registered, by name.
+    std::map<std::string, QuotaStats> quotas() const;
+    // Gives all parked memory back, and what holders keep idle; returns the bytes freed.
     Bytes trim();
     // Unregisters every model. Later use throws PoolClosed, except for statistics. Throws CudaError where the device
     // can't be waited for; calling it again goes on with the models that are left.
