@@ -92,10 +92,16 @@ std::shared_ptr<SharedMemoryPool> make_shared_pool(const py::object& physical_li
     return without_gil_at_end(new SharedMemoryPool(limit, driver, options));
 }
 
-ModelPtr register_model(SharedMemoryPool& pool, const std::string& id, const py::object& virtual_capacity) {
+ModelPtr register_model(SharedMemoryPool& pool, const std::string& id, const py::object& virtual_capacity,
+                        const py::object& reserve, const py::object& limit, const py::object& priority) {
     const Bytes capacity = to_bytes(virtual_capacity, "virtual_capacity");
+    const QuotaChange wanted = to_quota_change(reserve, limit, priority);
+    Quota quota;
+    quota.reserve = wanted.reserve.value_or(quota.reserve);
+    quota.limit = wanted.limit.value_or(quota.limit);
+    quota.priority = wanted.priority.value_or(quota.priority);
     const py::gil_scoped_release release;
-    return pool.register_model(id, capacity);
+    return pool.register_model(id, capacity, std::nullopt, quota);
 }
 
 Address allocate_for_model(SharedMemoryPool& pool, const std::string& id, const py::object& size, bool zero) {
@@ -198,25 +204,6 @@ used, whose live pages move beneath the same addresses. Waits for the device; no
         .def_property_readonly("device", [](const Pool& self) { return device_name(self.device()); });
     add_context_manager(pool);
 
-    py::class_<Model, ModelPtr>(
-        module, "Model",
-        "A model's share of a SharedMemoryPool, as register_model() gives it. Its memory lives until the "
-        "model is unregistered and its last tensor is gone. Thread safe.")
-        .def_property_readonly("name", &Model::name)
-        .def_property_readonly("base_address", &Model::base_address)
-        .def_property_readonly("virtual_capacity", [](Model& self) { return self.pool().capacity(); })
-        .def_property_readonly("page_size", [](Model& self) { return self.pool().page_size(); })
-        .def_property_readonly("device", [](Model& self) { return device_name(self.pool().device()); })
-        .def_property_readonly("registered", py::cpp_function(&Model::registered, NoGil()))
-        .def("stats", &Model::stats, NoGil())
-        .def(
-            "trim", [](Model& self) { return self.pool().trim(); }, NoGil())
-        .def(
-            "compact", [](Model& self) { return self.pool().compact(); }, NoGil())
-        .def(
-            "drain", [](Model& self) { self.pool().drain(); }, NoGil())
-        .def("__repr__", [](const Model& self) { return "<elastikv.Model '" + self.name() + "'>"; });
-
     py::class_<SharedMemoryPool, std::shared_ptr<SharedMemoryPool>> shared(
         module, "SharedMemoryPool", R"(Several models on one device, under one limit of physical memory.
 
@@ -227,10 +214,11 @@ Thread safe. A context manager: leaving it closes the pool. Tensors outlive it.)
     shared
         .def(py::init(&make_shared_pool), arg("physical_limit"), arg("device") = "cpu", py::kw_only(),
              arg("page_size") = none, arg("park_limit") = none)
-        .def("register_model", &register_model, arg("id"), arg("virtual_capacity"),
-             "Reserves virtual_capacity bytes of addresses and returns the Model. Raises ModelAlreadyExists, "
-             "InvalidArgument, "
-             "InvalidSize, OutOfVirtualMemory.")
+        .def("register_model", &register_model, arg("id"), arg("virtual_capacity"), py::kw_only(), arg("reserve") = 0,
+             arg("limit") = none, arg("priority") = 0,
+             R"(Reserves virtual_capacity bytes of addresses and returns the Model; for the quota see Model.set_quota.
+
+Raises ModelAlreadyExists, InvalidArgument, InvalidSize, OutOfVirtualMemory.)")
         .def("unregister_model", &SharedMemoryPool::unregister_model, arg("id"), NoGil(),
              "Frees what allocate_for_model gave out. Tensors keep their memory, charged, until they die. Raises "
              "ModelNotFound.")
@@ -248,7 +236,9 @@ For streams and gate see VirtualMemoryPool.deallocate. Raises ModelNotFound, Inv
         .def("get_model_stats", &SharedMemoryPool::get_model_stats, arg("id"), NoGil(),
              "The model's MemoryStats, or None for an unknown name.")
         .def("global_stats", &SharedMemoryPool::global_stats, NoGil(), "A GlobalMemoryStats.")
-        .def("trim", &SharedMemoryPool::trim, NoGil(), "Gives all models' parked memory back; returns the bytes freed.")
+        .def("quotas", &SharedMemoryPool::quotas, NoGil(), "The Quota of every registered model, by name.")
+        .def("trim", &SharedMemoryPool::trim, NoGil(),
+             "Gives all models' parked memory back, and what heaps keep idle; returns the bytes freed.")
         .def("allow_peer", &allow_peer, arg("device"),
              R"(The other device, as "cuda:1", may read and write every model's memory, what is mapped now and later.
 

@@ -63,7 +63,7 @@ Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& opti
     const Bytes far_end = open_ended_end(gap, options);
     for (const Bytes end : {far_end, gap.end}) {
         const ByteRange range{gap.begin, end};
-        if (budget_ && !budget_->try_charge(range.size())) continue;
+        if (!try_charge(range.size(), options.grant)) continue;
         const bool zero = options_.scrub_fresh || options.zero;
         const Status status = try_make_extent(range, zero, fresh);
         if (status.ok()) return 0;
@@ -72,6 +72,11 @@ Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& opti
         throw CudaError(status, "making an extent of " + format_bytes(range.size()));
     }
     return gap.size();
+}
+
+bool VirtualMemoryPool::try_charge(Bytes bytes, Grant* grant) noexcept {
+    if (grant != nullptr && grant->take(bytes)) return true;
+    return !budget_ || budget_->try_charge(bytes);
 }
 
 Bytes VirtualMemoryPool::open_ended_end(ByteRange gap, const AllocateOptions& options) const {

@@ -25,6 +25,9 @@ struct PoolOptions {
     bool scrub_fresh = false;
 };
 
+class Grant;
+struct WaitOptions;
+
 struct AllocateOptions {
     bool zero = false;  // the bytes read as zeros to work on `stream`
     Stream stream{};    // the first user; work it enqueues from now on runs after scrubbing and after earlier users
@@ -33,6 +36,9 @@ struct AllocateOptions {
     Bytes held = 0;
     Bytes grow_end = 0;
     Bytes largest_extent = 0;  // what is new comes in extents up to this size, whole pages; 0: one extent a gap
+    // Where memory is short, wait in line for it; null: don't. It lives until the call returns.
+    const WaitOptions* wait = nullptr;
+    Grant* grant = nullptr;  // paid from before the budget is charged
 };
 
 // Held by a scheduler that may still launch work on released memory. Fences are recorded only once it is open.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "shared/model.h"
+#include "shared/physical_budget.h"
 
 namespace elastikv {
 
@@ -20,16 +21,18 @@ struct GlobalMemoryStats {
     Bytes parked = 0;
     Bytes retiring = 0;
     Bytes peak_physical = 0;
+    Bytes reserved = 0;   // sum of the models' reserves
+    Bytes committed = 0;  // sum of max(charged, reserve): what of the limit is spoken for
 };
 
 struct ModelMemory {
     std::string name;
     MemoryStats stats;
-    Bytes limit = 0;
+    QuotaStats quota;
 };
 
 // Every model has addresses of its own and draws physical memory from the common limit, charged before it exists. Where
-// a charge does not fit, parked memory is taken, from any model, and memory that retires is waited for, before anything
+// a charge does not fit, room is made as PhysicalBudget::make_room says, within the models' quotas, before anything
 // fails. Memory that changes hands is zeroed.
 //
 // Thread safe: a mutex guards the list of models and is not held while a model is used.
@@ -38,10 +41,10 @@ class SharedMemoryPool {
     // No memory, no addresses yet. Throws InvalidArgument where the limit is below one page, InvalidPageSize.
     SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options = {});
 
-    // `park_limit` replaces the pool's for this model. Throws ModelAlreadyExists, InvalidArgument (an empty id),
-    // InvalidSize, OutOfVirtualMemory.
+    // `park_limit` replaces the pool's for this model. Throws ModelAlreadyExists, InvalidArgument (an empty id, a quota
+    // that does not fit), InvalidSize, OutOfVirtualMemory.
     ModelPtr register_model(const std::string& id, Bytes virtual_capacity,
-                            std::optional<Bytes> park_limit = std::nullopt);
+                            std::optional<Bytes> park_limit = std::nullopt, const Quota& quota = {});
     // Frees what allocate_for_model gave out. Tensors keep their memory, charged, until they die. Throws ModelNotFound.
     void unregister_model(const std::string& id);
     // Throws ModelNotFound; for the rest see Model.
@@ -57,7 +60,9 @@ class SharedMemoryPool {
     // may be there twice.
     std::vector<ModelMemory> snapshot() const;
     std::vector<std::string> models() const;
-    // Gives all parked memory back; returns the bytes freed.
+    // Of every model that is registered, by name.
+    std::map<std::string, QuotaStats> quotas() const;
+    // Gives all parked memory back, and what holders keep idle; returns the bytes freed.
     Bytes trim();
     // The device of that index may read and write the memory of every model, present and future, and what other pools
     // of this device map from now on. Throws CudaError as VirtualMemoryPool::allow_peer does.

@@ -93,8 +93,8 @@ void Timeline::read() {
     const std::size_t begin = recording_.samples.size();
     for (const ModelMemory& each : models) {
         const MemoryStats& stats = each.stats;
-        const TimelineSample sample{seconds,      index_of(each.name), stats.used, stats.retiring,
-                                    stats.parked, stats.stranded,      each.limit};
+        const TimelineSample sample{seconds,      index_of(each.name), stats.used,      stats.retiring,
+                                    stats.parked, stats.stranded,      each.quota.limit};
         const auto same =
             std::find_if(recording_.samples.begin() + static_cast<std::ptrdiff_t>(begin), recording_.samples.end(),
                          [&](const TimelineSample& other) { return other.model == sample.model; });

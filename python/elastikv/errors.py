@@ -17,6 +17,7 @@ __all__ = [
     "InvalidOffset",
     "InvalidPageSize",
     "InvalidSize",
+    "LedgerError",
     "MappingFailed",
     "ModelAlreadyExists",
     "ModelNotFound",
@@ -27,6 +28,7 @@ __all__ = [
     "RankFailed",
     "UnmappingFailed",
     "VmmError",
+    "WaitCancelled",
 ]
 
 
@@ -105,6 +107,14 @@ class ModelNotFound(VmmError, KeyError):
 
 class ModelAlreadyExists(VmmError, ValueError):
     """A model of that name is registered already."""
+
+
+class WaitCancelled(VmmError):
+    """A wait for memory that was called off."""
+
+
+class LedgerError(VmmError):
+    """A ledger that processes share can't be used: damaged, of another version or user, full, or not there."""
 
 
 class HandoffFailed(VmmError):
