@@ -65,6 +65,7 @@ PYBIND11_MODULE(_core, module) {
     bind_stats(module);
     bind_models(module);
     bind_pools(module);
+    bind_events(module);
     bind_timeline(module);
     bind_tensors(module);
     bind_devices(module);

@@ -70,6 +70,8 @@ void bind_stats(py::module_& module) {
         .def_readonly("prefetches_done", &MemoryStats::prefetches_done)
         .def_readonly("prefetches_dropped", &MemoryStats::prefetches_dropped)
         .def_readonly("reclaims_refused", &MemoryStats::reclaims_refused)
+        .def_readonly("created", &MemoryStats::created)
+        .def_readonly("released", &MemoryStats::released)
         .def_readonly("abandoned", &MemoryStats::abandoned)
         .def_property_readonly("driver_calls", &driver_calls)
         .def_property_readonly("total_driver_calls", &total_driver_calls)

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <optional>
+#include <string>
 
 #include "driver/vmm_driver.h"
 
@@ -21,6 +22,8 @@ struct PoolOptions {
     // Open-ended growth maps ahead by this share of what the growing thing then holds, so it overshoots by at most as
     // much.
     double growth_share = 0.125;
+    // In events and messages; none is needed.
+    std::string name{};
     // New extents are zeroed, as the device may hand out what another owner wrote.
     bool scrub_fresh = false;
 };

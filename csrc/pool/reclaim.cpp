@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/events.h"
 #include "pool/virtual_memory_pool.h"
 
 namespace elastikv {
@@ -82,6 +83,7 @@ Bytes VirtualMemoryPool::give_back_excess() {
 Bytes VirtualMemoryPool::try_give_back(Extent& extent) noexcept {
     if (extent.zeroing && !extent.zeroing->has_passed()) return 0;
     const Bytes size = extent.range.size();
+    Observed observed(EventKind::reclaim, options_.name);
     Status status = extent.mapping->try_unmap();
     if (status.ok()) status = extent.mapping->extent().try_release();
     if (!status.ok()) {
@@ -90,6 +92,7 @@ Bytes VirtualMemoryPool::try_give_back(Extent& extent) noexcept {
     }
     table_.take(extent.range.begin);
     if (budget_) budget_->refund(size);
+    observed.done(size, table_.totals().physical);
     return size;
 }
 
@@ -112,10 +115,12 @@ bool VirtualMemoryPool::try_give_up(Extent extent) noexcept {
 void VirtualMemoryPool::discard(Extent extent) noexcept {
     extent.clean = {};
     extent.zeroing.reset();
+    Observed observed(EventKind::reclaim, options_.name);
     Status status = extent.mapping->try_unmap();
     if (status.ok()) status = extent.mapping->extent().try_release();
     if (status.ok()) {
         if (budget_) budget_->refund(extent.range.size());
+        observed.done(extent.range.size(), table_.totals().physical);
         return;
     }
     ++reclaims_refused_;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/events.h"
+
 namespace elastikv {
 namespace {
 
@@ -126,6 +128,7 @@ OutOfPhysicalMemory VirtualMemoryPool::out_of_memory(Bytes lacking) const {
     MemoryInfo device;
     (void)driver_->memory_info(device);
     if (budget_) budget_->note_refusal();
+    Observed(EventKind::out_of_memory, options_.name).done(lacking, physical_memory_usage());
     const Bytes available = budget_ ? std::min(budget_->available(), device.free) : device.free;
     return {lacking, available, budget_ ? budget_->describe_holders() : ""};
 }
@@ -243,6 +246,8 @@ MemoryStats VirtualMemoryPool::stats() const {
     stats.prefetches_done = prefetches_done_;
     stats.prefetches_dropped = prefetches_dropped_;
     stats.reclaims_refused = reclaims_refused_;
+    stats.created = driver_->created();
+    stats.released = driver_->released();
     stats.abandoned = driver_->abandoned();
     stats.driver_calls = driver_->table();
     return stats;

@@ -22,6 +22,7 @@ ModelPtr SharedMemoryPool::register_model(const std::string& id, Bytes virtual_c
     if (closed_) throw PoolClosed("the shared pool is closed");
     if (models_.count(id) != 0) throw ModelAlreadyExists(id);
     PoolOptions options = options_;
+    options.name = id;
     if (park_limit) options.park_limit = park_limit;
     auto model = std::make_shared<Model>(id, virtual_capacity, driver_, options, budget_->open(id, quota));
     models_.emplace(id, model);
