@@ -140,6 +140,14 @@ std::optional<IdleTime> Account::oldest_parked() const noexcept {
     }
 }
 
+void Account::tell() noexcept {
+    try {
+        if (const auto of = pool()) ledger_->tell(id_, of->stats());
+    } catch (const VmmError&) {
+        // Of a process that this one was forked from.
+    }
+}
+
 void Account::press(const PressureRequest& request) noexcept {
     if (in_callback) return;
     std::vector<std::shared_ptr<const PressureCallback>> asked;

@@ -72,6 +72,8 @@ class Account final : public Budget {
     Bytes reclaim(Bytes wanted, bool wait, IdleTime idle_until = any_time) noexcept;
     std::optional<IdleTime> oldest_parked() const noexcept;
     void press(const PressureRequest& request) noexcept;
+    // Its pool's statistics to the ledger.
+    void tell() noexcept;
     Ledger::ClientId id() const noexcept { return id_; }
 
   private:

@@ -11,7 +11,7 @@ namespace elastikv {
 std::shared_ptr<Ledger> Ledger::in_private_memory(Bytes limit) {
     auto table = std::make_shared<LedgerTable>();
     if (!prepare(*table, limit, /*shared=*/false)) throw VmmError("the system has no mutex to give");
-    return std::make_shared<Ledger>(std::move(table));
+    return std::make_shared<Ledger>(std::move(table), /*shared=*/false);
 }
 
 bool Ledger::prepare(LedgerTable& table, Bytes limit, bool shared) noexcept {
@@ -168,9 +168,6 @@ void Ledger::close_client(ClientId id) noexcept {
         serve_under_lock();
     });
 }
-
-// For an entry whose process is gone. The caller recounts.
-void Ledger::free_client(LedgerClient& client) noexcept { put(client.state, entry_free); }
 
 void Ledger::set_quota(ClientId id, const QuotaChange& change) {
     locked([&] {

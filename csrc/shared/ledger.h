@@ -11,11 +11,14 @@
 // between any two instructions; a charge and its release take two uncontended locks, some 100 ns.
 #pragma once
 
+#include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "base/error.h"
+#include "pool/stats.h"
 #include "shared/ledger_table.h"
 #include "shared/quota.h"
 
@@ -36,6 +39,15 @@ struct LedgerTotals {
     std::uint32_t waiters = 0;
 };
 
+// What one process asks of another.
+struct LedgerRequest {
+    std::uint32_t what = 0;  // LedgerRequestBits
+    Bytes wanted = 0;
+    std::int32_t priority = std::numeric_limits<std::int32_t>::min();  // of the one who asks
+    std::uint64_t until = 0;                                           // steady clock, nanoseconds
+    std::uint32_t number = 0;
+};
+
 // Thread safe, and safe against the death of processes that share it. Its lock is held for nanoseconds, and while
 // nothing else is called.
 class Ledger {
@@ -44,8 +56,9 @@ class Ledger {
     using WaitId = std::uint32_t;
 
     static std::shared_ptr<Ledger> in_private_memory(Bytes limit);
-    // `table` has been prepared by prepare().
-    explicit Ledger(std::shared_ptr<LedgerTable> table) : table_(std::move(table)) {}
+    // Of a segment, see LedgerSegment.
+    explicit Ledger(std::shared_ptr<LedgerTable> table, bool shared = true)
+        : table_(std::move(table)), shared_(shared) {}
     // Makes an empty ledger of zeroed memory, but for its magic number. False where the system has no mutex to give.
     static bool prepare(LedgerTable& table, Bytes limit, bool shared) noexcept;
 
@@ -93,11 +106,43 @@ class Ledger {
     // Grants what fits by now.
     void serve_waiters() noexcept;
 
+    // --- processes that take part (ledger_members.cpp); not for a table in private memory ---
+
+    // Makes `limit` the limit where nobody takes part. Throws InvalidArgument where others do, with another.
+    void agree_on(const std::string& name, Bytes limit);
+    // The calling thread becomes the one that the process lives by. Throws InvalidArgument where the ledger is full.
+    std::uint32_t enter_member();
+    // On the same thread. Its clients go too.
+    void leave_member(std::uint32_t index) noexcept;
+    std::uint32_t members() const noexcept;
+    // Takes back what dead processes held. Cheap; nothing in private memory.
+    void reap() noexcept;
+
+    // Adds to what the process is asked, wakes it, and returns the number of the request.
+    std::uint32_t ask(std::uint32_t index, const LedgerRequest& request) noexcept;
+    // False where it has not answered by `until`, or is gone.
+    bool await_answer(std::uint32_t index, std::uint32_t number, std::uint64_t until) const noexcept;
+    void nudge(std::uint32_t index) noexcept;
+    // For the listener: sleeps until there may be something to do; what others ask, all in one.
+    std::optional<LedgerRequest> next_request(std::uint32_t index) noexcept;
+    void answer(std::uint32_t index, std::uint32_t number) noexcept;
+    struct Pressable {
+        std::uint32_t member;
+        Bytes excess;
+    };
+    // Other processes that hold more than was reserved for them, the most first; of clients with a priority below.
+    std::vector<Pressable> others_with_excess(std::uint32_t own, std::optional<int> below) const;
+    // What all clients of the process hold.
+    Bytes charged_of(std::uint32_t member) const noexcept;
+    // "process 1234: 'chat' 2 GiB, 'code' 1 GiB"
+    std::string describe_member(std::uint32_t member) const;
+    // For readers in other processes.
+    void tell(ClientId id, const MemoryStats& stats) noexcept;
+
     // What is wrong with the sums, empty if nothing; for tests.
     std::string check() const;
 
   private:
-    friend class LedgerMembership;
     friend class LedgerView;
 
     LedgerClient& client(ClientId id) const noexcept { return table_->client[id]; }
@@ -109,7 +154,8 @@ class Ledger {
     bool overtakes(const LedgerClient& client) const noexcept;
     LedgerWait* first_waiter() const noexcept;
     void serve_under_lock() noexcept;
-    void free_client(LedgerClient& client) noexcept;
+    void free_entries_of(std::uint32_t member) const noexcept;
+    void reap_under_lock() const noexcept;
     struct Sums;
     Sums count() const noexcept;
     // The sums from the entries, and every waiter awake to look for itself.
@@ -119,6 +165,7 @@ class Ledger {
     auto locked(Act act) const;
 
     const std::shared_ptr<LedgerTable> table_;
+    const bool shared_;
 };
 
 }  // namespace elastikv

@@ -1,6 +1,8 @@
 // For the files that implement the ledger.
 #pragma once
 
+#include <chrono>
+
 #include "shared/ledger.h"
 #include "shared/robust_mutex.h"
 
@@ -22,6 +24,12 @@ void put(std::atomic<T>& word, V value) noexcept {
 
 constexpr Bytes sum_of(Bytes a, Bytes b) { return a > ~Bytes{0} - b ? ~Bytes{0} : a + b; }
 constexpr Bytes beyond(Bytes a, Bytes b) { return a > b ? a - b : 0; }
+
+// Nanoseconds of the clock that all processes of a machine share.
+inline std::uint64_t steady_now() noexcept {
+    const auto time = std::chrono::steady_clock::now().time_since_epoch();
+    return static_cast<std::uint64_t>(std::chrono::nanoseconds(time).count());
+}
 
 // What a client holds of the limit.
 inline Bytes held_by(const LedgerClient& client) noexcept { return get(client.charged) + get(client.granted); }

@@ -24,6 +24,9 @@ inline constexpr std::uint32_t max_ledger_waits = 512;
 static_assert(std::atomic<Bytes>::is_always_lock_free && std::atomic<std::uint32_t>::is_always_lock_free);
 
 enum LedgerEntryState : std::uint32_t { entry_free = 0, entry_in_use = 1 };
+// What a process may be asked to do, as bits: give idle memory back that is beyond reserves; that and what else it can
+// give up for a higher priority; tell how its clients fare; give all that is parked back.
+enum LedgerRequestBits : std::uint32_t { ask_idle = 1, ask_all = 2, ask_stats = 4, ask_trim = 8 };
 enum LedgerWaitState : std::uint32_t { wait_free = 0, wait_pending = 1, wait_granted = 2 };
 
 // A process that takes part, or one of several pools in it that do.
@@ -35,7 +38,7 @@ struct alignas(64) LedgerMember {
     // What others ask of it, under the ledger's lock; `asked` counts requests and is what its listener sleeps on.
     std::atomic<std::uint32_t> asked{0};
     std::atomic<std::uint32_t> answered{0};
-    std::atomic<std::uint32_t> requests{0};  // LedgerRequest bits
+    std::atomic<std::uint32_t> requests{0};  // LedgerRequestBits
     std::atomic<std::int32_t> priority{0};   // the highest of those who ask
     std::atomic<Bytes> wanted{0};
     std::atomic<std::uint64_t> until{0};  // steady clock, nanoseconds

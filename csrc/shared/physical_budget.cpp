@@ -5,8 +5,24 @@
 
 namespace elastikv {
 
+std::shared_ptr<PhysicalBudget> PhysicalBudget::join(const std::string& name, Bytes limit, DeviceKind kind) {
+    const std::shared_ptr<PhysicalBudget> made(new PhysicalBudget);
+    // Not a weak pointer: the membership ends, and its thread with it, before anything else of this does.
+    made->membership_ = std::make_unique<LedgerMembership>(
+        name, limit, kind, [self = made.get()](const LedgerRequest& request) { self->serve(request); });
+    made->ledger_ = made->membership_->ledger();
+    return made;
+}
+
+PhysicalBudget::~PhysicalBudget() {
+    if (!membership_) return;
+    // Extents that the driver never took back stay charged, and so the process's entry stays, until the process ends.
+    if (!process_.forked() && ledger_->charged_of(membership_->index()) > 0) (void)membership_.release();
+    membership_.reset();
+}
+
 AccountPtr PhysicalBudget::open(const std::string& name, const Quota& quota) {
-    const Ledger::ClientId id = ledger_->open_client(name, quota);
+    const Ledger::ClientId id = ledger_->open_client(name, quota, membership_ ? membership_->index() : 0);
     AccountPtr account;
     try {
         account = std::make_shared<Account>(shared_from_this(), id, name);
@@ -56,6 +72,12 @@ std::string PhysicalBudget::describe_holders() const {
         }
         if (quota.reserve > 0) text += ", of a reserve of " + format_bytes(quota.reserve);
         if (quota.limit < totals.limit) text += ", with a limit of " + format_bytes(quota.limit);
+    }
+    if (membership_) {
+        for (const Ledger::Pressable& other : ledger_->others_with_excess(membership_->index(), std::nullopt)) {
+            text += before + ledger_->describe_member(other.member);
+            before = "; ";
+        }
     }
     if (totals.waiters > 0) text += "; " + std::to_string(totals.waiters) + " wait for memory before it";
     return text + ". Free or shrink tensors, compact() what is stranded, or raise physical_limit";

@@ -9,14 +9,17 @@
 
 #include "shared/account.h"
 #include "shared/ledger.h"
+#include "shared/ledger_membership.h"
 
 namespace elastikv {
 
 // Thread safe. A mutex guards the list of accounts and is never held while one of them, or a pool, is called.
 class PhysicalBudget : public std::enable_shared_from_this<PhysicalBudget> {
   public:
-    explicit PhysicalBudget(Bytes limit) : PhysicalBudget(Ledger::in_private_memory(limit)) {}
-    explicit PhysicalBudget(std::shared_ptr<Ledger> ledger) : ledger_(std::move(ledger)) {}
+    explicit PhysicalBudget(Bytes limit) : ledger_(Ledger::in_private_memory(limit)) {}
+    // The limit of a ledger that other processes draw on too. Errors are LedgerMembership's.
+    static std::shared_ptr<PhysicalBudget> join(const std::string& name, Bytes limit, DeviceKind kind);
+    ~PhysicalBudget();
 
     // A new client; the budget knows it while it lives. Throws InvalidArgument: the quota does not fit.
     AccountPtr open(const std::string& name, const Quota& quota = {});
@@ -25,8 +28,9 @@ class PhysicalBudget : public std::enable_shared_from_this<PhysicalBudget> {
     //   1. its own parked memory;
     //   2. parked memory of others beyond their reserves, what has been idle longest first;
     //   3. what IdleHolders keep, by their order, its own and that of others beyond their reserves;
-    //   4. with `wait`, memory that retires, after waiting for the device; then pressure callbacks of others with lower
-    //      priority, lowest first.
+    //   4. the same of other processes, those that hold most beyond their reserves first;
+    //   5. with `wait`, memory that retires, after waiting for the device; then pressure callbacks of others with lower
+    //      priority, lowest first, and then those in other processes.
     // Where its own limit is in the way, only its own memory helps. Called with no lock held. Returns the bytes freed.
     Bytes make_room(Account& asker, Bytes wanted, bool wait, std::chrono::steady_clock::time_point until);
     // Gives all parked memory, and what IdleHolders keep, back. Returns the bytes freed.
@@ -43,9 +47,15 @@ class PhysicalBudget : public std::enable_shared_from_this<PhysicalBudget> {
     std::vector<AccountPtr> accounts() const;
 
   private:
-    const std::shared_ptr<Ledger> ledger_;
+    PhysicalBudget() = default;
+    void serve(const LedgerRequest& request) noexcept;
+    Bytes ask_others(Account& asker, Bytes wanted, std::uint32_t what, std::chrono::steady_clock::time_point until);
+
+    const ProcessGuard process_;
+    std::shared_ptr<Ledger> ledger_;
     mutable std::mutex mutex_;
     mutable std::vector<std::weak_ptr<Account>> accounts_;
+    std::unique_ptr<LedgerMembership> membership_;  // null for a ledger of this process alone
 };
 
 }  // namespace elastikv

@@ -4,13 +4,15 @@
 
 namespace elastikv {
 
-SharedMemoryPool::SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options)
-    : driver_(std::move(driver)), options_(options), budget_(std::make_shared<PhysicalBudget>(physical_limit)) {
+SharedMemoryPool::SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options, std::string name)
+    : driver_(std::move(driver)), options_(options), name_(std::move(name)) {
     options_.page_size = checked_page_size(options_.page_size, driver_->capabilities().granularity);
     if (physical_limit < options_.page_size) {
         throw InvalidArgument("physical_limit " + std::to_string(physical_limit) + " is below one page, which is " +
                               format_bytes(options_.page_size));
     }
+    budget_ = name_.empty() ? std::make_shared<PhysicalBudget>(physical_limit)
+                            : PhysicalBudget::join(name_, physical_limit, driver_->capabilities().kind);
     options_.scrub_fresh = true;  // what the device hands out may be another model's
 }
 

@@ -38,8 +38,10 @@ struct ModelMemory {
 // Thread safe: a mutex guards the list of models and is not held while a model is used.
 class SharedMemoryPool {
   public:
-    // No memory, no addresses yet. Throws InvalidArgument where the limit is below one page, InvalidPageSize.
-    SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options = {});
+    // No memory, no addresses yet. With a name, the limit is that of a ledger which all processes of this user that give
+    // the same name draw on; it lives until the last of them is gone. Throws InvalidArgument (a limit below one page, a
+    // bad name, another limit than the ledger's), InvalidPageSize, LedgerError.
+    SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options = {}, std::string name = "");
 
     // `park_limit` replaces the pool's for this model. Throws ModelAlreadyExists, InvalidArgument (an empty id, a quota
     // that does not fit), InvalidSize, OutOfVirtualMemory.
@@ -73,6 +75,8 @@ class SharedMemoryPool {
 
     const Capabilities& device() const { return driver_->capabilities(); }
     Bytes page_size() const { return options_.page_size; }
+    // Of its ledger; empty where this process draws on the limit alone.
+    const std::string& name() const { return name_; }
 
   private:
     std::string hint_for_unknown() const;
@@ -80,7 +84,8 @@ class SharedMemoryPool {
     const ProcessGuard process_;
     const DriverPtr driver_;
     PoolOptions options_;
-    const std::shared_ptr<PhysicalBudget> budget_;
+    const std::string name_;
+    std::shared_ptr<PhysicalBudget> budget_;  // set once, when the pool is made
     mutable std::mutex mutex_;
     std::map<std::string, ModelPtr> models_;
     bool closed_ = false;
