@@ -1,0 +1,141 @@
+"""`elastikv top`: the pools of this machine, live."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elastikv.cli.ledgers import NO_POOL, Pool, chosen, clear_errors, running
+from elastikv.cli.sizes import short_size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from elastikv import Ledger, LedgerClient, LedgerStats
+
+BAR = 24
+STATES = (("used", "green"), ("retiring", "magenta"), ("parked", "blue"), ("stranded", "bright_black"))
+
+
+@dataclass
+class Rates:
+    """How fast numbers change, between one reading and the last."""
+
+    _last: dict[tuple[str, ...], tuple[float, float]] = field(default_factory=dict)
+
+    def of(self, value: float, now: float, *key: str) -> float:
+        """Change a second since the last reading under the key; 0 at the first."""
+        before = self._last.get(key)
+        self._last[key] = (value, now)
+        return 0.0 if before is None or now <= before[1] else (value - before[0]) / (now - before[1])
+
+
+def top(
+    pool: Pool = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one reading and end.")] = False,
+) -> None:
+    """Shows the models of every pool that has a name: what they hold, of what, how fast it grows. Ctrl-C ends it."""
+    from rich.console import Console
+    from rich.live import Live
+
+    rates = Rates()
+    with clear_errors("top"):
+        if pool is not None:
+            chosen(pool)  # says so if there is none
+        if once or not sys.stdout.isatty():
+            console = Console() if sys.stdout.isatty() else Console(width=160)
+            console.print(picture(pool, rates))
+            return
+        with contextlib.suppress(KeyboardInterrupt), Live(picture(pool, rates), screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(interval)
+                live.update(picture(pool, rates), refresh=True)
+
+
+def picture(pool: str | None, rates: Rates) -> RenderableType:
+    """All pools, or the one of that name, as they are now."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from elastikv import LedgerError
+
+    parts: list[RenderableType] = [
+        Text.assemble(
+            ("elastikv top", "bold"), time.strftime("  %H:%M:%S   "), *(("■ " + name + "  ", color) for name, color in STATES)
+        )
+    ]
+    for ledger in running():
+        if pool in (None, ledger.name):
+            with contextlib.suppress(LedgerError):  # it ended meanwhile
+                parts += _pool(ledger, rates)
+    if len(parts) == 1:
+        parts.append(Text(f"\n{NO_POOL}" if pool is None else f"\npool '{pool}' has ended", style="yellow"))
+    return Group(*parts)
+
+
+def _pool(ledger: Ledger, rates: Rates) -> list[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    clients = sorted(ledger.clients(), key=lambda one: (-one.charged, one.model, one.pid))
+    stats, now = ledger.stats(), time.monotonic()
+    head = Text.assemble(
+        "\n", (ledger.name, "bold cyan"), f" ({ledger.device})  ", _bar(clients, stats, stats.physical_limit),
+        f"  {short_size(stats.charged)} of {short_size(stats.physical_limit)} held, peak {short_size(stats.peak)}, "
+        f"{short_size(stats.reserved)} reserved, {stats.processes} processes",
+        (f", {stats.waiters} waiting" if stats.waiters else "", "bold yellow"),
+    )  # fmt: skip
+    table = Table(expand=True, show_edge=False, pad_edge=False, box=None, header_style="bold", padding=(0, 1))
+    table.add_column("model", ratio=2, overflow="ellipsis", no_wrap=True)
+    table.add_column("pid", justify="right", no_wrap=True)
+    for name in ("held", "used", "retiring", "parked", "stranded", "reserve", "limit", "growth/s", "calls", "waiting"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for client in clients:
+        table.add_row(*_cells(ledger.name, client, stats, rates, now))
+    if not clients:
+        return [head, Text("  no model", style="bright_black")]
+    return [head, table]
+
+
+def _cells(pool: str, client: LedgerClient, stats: LedgerStats, rates: Rates, now: float) -> list[str | Text]:
+    from rich.text import Text
+
+    growth = rates.of(client.charged, now, pool, client.model, str(client.pid))
+    over = client.overage > 0
+    limit = short_size(client.limit) if client.limit < stats.physical_limit else "-"
+    waiting = f"{client.waiters}: {short_size(client.waiting)}" if client.waiters else "-"
+    stale = "" if client.age < 5 else "bright_black"  # its process has not answered for a while
+    return [
+        client.model,
+        str(client.pid),
+        Text(short_size(client.charged), style="bold red" if over else "bold"),
+        *(Text(short_size(getattr(client, name)), style=stale or color) for name, color in STATES),
+        short_size(client.reserve) if client.reserve else "-",
+        Text(limit, style="red" if over else ""),
+        Text(f"{'+' if growth > 0 else ''}{short_size(growth)}" if growth else "-", style="green" if growth > 0 else ""),
+        f"{client.driver_calls:,}",
+        Text(waiting, style="bold yellow" if client.waiters else ""),
+    ]
+
+
+def _bar(clients: list[LedgerClient], stats: LedgerStats, whole: int) -> Text:
+    """What is held of the limit, by state; the rest of what is charged, where no process has told, in white."""
+    from rich.text import Text
+
+    amounts = [(sum(getattr(client, name) for client in clients), color) for name, color in STATES]
+    untold = max(stats.charged - sum(amount for amount, _ in amounts), 0)
+    bar, filled, reached = Text(), 0, 0
+    for amount, color in [*amounts, (untold, "white")]:
+        reached += amount
+        end = min(round(BAR * reached / whole), BAR) if whole else 0
+        bar.append("━" * max(end - filled, 0), style=color)
+        filled = max(end, filled)
+    bar.append("─" * (BAR - filled), style="bright_black")
+    return bar
