@@ -44,7 +44,7 @@ std::vector<Stream> ElasticBlock::users() const {
     return streams;
 }
 
-void ElasticBlock::grow(std::uint64_t length, bool exact) {
+void ElasticBlock::grow(std::uint64_t length, bool exact, const WaitOptions* wait) {
     const std::lock_guard lock(mutex_);
     if (length <= length_) return;
     const Bytes begin = length_ * layout_.unit;
@@ -54,6 +54,7 @@ void ElasticBlock::grow(std::uint64_t length, bool exact) {
     options.stream = current_stream(model()->pool().device());
     options.open_ended = !exact;
     options.held = begin;
+    options.wait = wait;
     for (std::uint64_t row = 0; row < layout_.rows; ++row) {
         options.grow_end = layout_.row_offset(row) + layout_.max_length * layout_.unit;
         try {

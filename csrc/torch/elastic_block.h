@@ -50,8 +50,9 @@ class ElasticBlock {
     Bytes resident_bytes() const { return length() * layout_.unit * layout_.rows; }
 
     // All rows or none. Growing to a length that is resident already does nothing.
-    // `exact`: maps no further than `length`. Errors are VirtualMemoryPool::allocate's.
-    void grow(std::uint64_t length, bool exact);
+    // `exact`: maps no further than `length`. `wait`: in line, where memory is short. Errors are
+    // VirtualMemoryPool::allocate's.
+    void grow(std::uint64_t length, bool exact, const WaitOptions* wait = nullptr);
     // Gives back what lies beyond `length` in every row, or in none. Throws CudaError.
     void shrink(std::uint64_t length);
     // Maps pages up to `length` in the background.

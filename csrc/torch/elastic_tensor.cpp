@@ -203,7 +203,7 @@ at::Tensor empty(const ModelPtr& model, const ElasticShape& wanted, at::ScalarTy
     return tensor_over(make_storage(model, wanted, dtype, scrub));
 }
 
-void grow(const at::Tensor& tensor, std::int64_t length, bool exact) {
+void grow(const at::Tensor& tensor, std::int64_t length, bool exact, const WaitOptions* wait) {
     const Target target = checked_target(tensor, "grow_");
     const std::int64_t present = tensor.size(target.dim);
     const std::uint64_t most = target.block->layout().max_length;
@@ -215,7 +215,7 @@ void grow(const at::Tensor& tensor, std::int64_t length, bool exact) {
         throw InvalidArgument("grow_ to length " + std::to_string(length) + ", beyond max_shape's " +
                               std::to_string(most));
     }
-    target.block->grow(static_cast<std::uint64_t>(length), exact);
+    target.block->grow(static_cast<std::uint64_t>(length), exact, wait);
     set_storage_size(tensor, *target.block);
     set_length(tensor, target, length);
 }
