@@ -15,6 +15,7 @@ namespace py = pybind11;
 
 void bind_errors(py::module_& module);
 void bind_stats(py::module_& module);
+void bind_ledger(py::module_& module);
 void bind_models(py::module_& module);
 void bind_pools(py::module_& module);
 void bind_events(py::module_& module);

@@ -63,6 +63,7 @@ PYBIND11_MODULE(_core, module) {
     using namespace elastikv::bindings;
     bind_errors(module);
     bind_stats(module);
+    bind_ledger(module);
     bind_models(module);
     bind_pools(module);
     bind_events(module);

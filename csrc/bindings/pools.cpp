@@ -1,7 +1,7 @@
 // The pools. Whatever can take a lock or call the driver runs without the GIL.
 #include <pybind11/stl.h>
 
-#include "bindings/bindings.h"
+#include "bindings/waiting.h"
 #include "torch/streams.h"
 
 namespace elastikv::bindings {
@@ -85,11 +85,14 @@ bool pool_is_mapped(const Pool& pool, const py::object& offset, const py::object
 }
 
 std::shared_ptr<SharedMemoryPool> make_shared_pool(const py::object& physical_limit, const py::object& device,
-                                                   const py::object& page_size, const py::object& park_limit) {
+                                                   const py::object& page_size, const py::object& park_limit,
+                                                   const std::optional<std::string>& name) {
     const Bytes limit = to_bytes(physical_limit, "physical_limit");
     const DriverPtr driver = driver_for(py::str(device));  // str(torch.device) is its name
     const PoolOptions options = to_options(page_size, park_limit, driver->capabilities().granularity);
-    return without_gil_at_end(new SharedMemoryPool(limit, driver, options));
+    if (name && name->empty()) throw InvalidArgument("a ledger's name must not be empty; None is for no ledger");
+    const py::gil_scoped_release release;
+    return without_gil_at_end(new SharedMemoryPool(limit, driver, options, name.value_or("")));
 }
 
 ModelPtr register_model(SharedMemoryPool& pool, const std::string& id, const py::object& virtual_capacity,
@@ -104,11 +107,13 @@ ModelPtr register_model(SharedMemoryPool& pool, const std::string& id, const py:
     return pool.register_model(id, capacity, std::nullopt, quota);
 }
 
-Address allocate_for_model(SharedMemoryPool& pool, const std::string& id, const py::object& size, bool zero) {
+Address allocate_for_model(SharedMemoryPool& pool, const std::string& id, const py::object& size, bool zero,
+                           const py::object& timeout, const std::shared_ptr<Cancellation>& cancel) {
     const Bytes bytes = to_bytes(size, "size");
-    const AllocateOptions options = to_allocate_options(zero, pool.device());
-    const py::gil_scoped_release release;
-    return pool.allocate_for_model(id, bytes, options);
+    AllocateOptions options = to_allocate_options(zero, pool.device());
+    const Waiting waiting(timeout, cancel);
+    options.wait = waiting.options();
+    return waiting.run([&] { return pool.allocate_for_model(id, bytes, options); });
 }
 
 void deallocate_for_model(SharedMemoryPool& pool, const std::string& id, const py::object& offset,
@@ -146,6 +151,13 @@ void add_context_manager(py::class_<T, std::shared_ptr<T>>& type) {
 void bind_pools(py::module_& module) {
     using py::arg;
     const py::object none = py::none();
+
+    py::class_<Cancellation, std::shared_ptr<Cancellation>>(
+        module, "Cancellation",
+        "Calls off the waits that it is given to, from any thread: they raise WaitCancelled. Final.")
+        .def(py::init<>())
+        .def("cancel", &Cancellation::cancel, NoGil())
+        .def_property_readonly("cancelled", &Cancellation::cancelled);
 
     py::class_<ReleaseGate, Gate>(
         module, "ReleaseGate",
@@ -209,11 +221,14 @@ used, whose live pages move beneath the same addresses. Waits for the device; no
 
 physical_limit: bytes, at least one page. Each model has addresses of its own; physical memory is charged before it
 exists, so the limit holds at any moment. Memory that changes hands is zeroed. For the rest see VirtualMemoryPool.
+name: the limit is that of a ledger which all processes of this user that give the same name draw on, as long as any of
+them lives; a process that dies, however, leaves no charge in it. 1 to 63 letters, digits, '.', '_' and '-'.
+Raises InvalidArgument (a bad name, another physical_limit than the ledger's), LedgerError, InvalidPageSize.
 
 Thread safe. A context manager: leaving it closes the pool. Tensors outlive it.)");
     shared
         .def(py::init(&make_shared_pool), arg("physical_limit"), arg("device") = "cpu", py::kw_only(),
-             arg("page_size") = none, arg("park_limit") = none)
+             arg("page_size") = none, arg("park_limit") = none, arg("name") = none)
         .def("register_model", &register_model, arg("id"), arg("virtual_capacity"), py::kw_only(), arg("reserve") = 0,
              arg("limit") = none, arg("priority") = 0,
              R"(Reserves virtual_capacity bytes of addresses and returns the Model; for the quota see Model.set_quota.
@@ -225,9 +240,13 @@ Raises ModelAlreadyExists, InvalidArgument, InvalidSize, OutOfVirtualMemory.)")
         .def("model", &SharedMemoryPool::model, arg("id"), NoGil(), "The Model of that name. Raises ModelNotFound.")
         .def("models", &SharedMemoryPool::models, NoGil(), "The names of all registered models.")
         .def("allocate_for_model", &allocate_for_model, arg("id"), arg("size"), py::kw_only(), arg("zero") = false,
+             arg("timeout") = none, arg("cancel") = py::none(),
              R"(Makes `size` bytes resident at a free place of the model's addresses and returns their address.
 
-Raises ModelNotFound, InvalidSize, OutOfVirtualMemory, OutOfPhysicalMemory, MappingFailed, CudaError, PoolClosed.)")
+Where memory is short and a timeout in seconds is given, waits in line for it: higher priorities first, then by arrival.
+
+Raises ModelNotFound, InvalidSize, OutOfVirtualMemory, OutOfPhysicalMemory, WaitCancelled, MappingFailed, CudaError,
+PoolClosed.)")
         .def("deallocate_for_model", &deallocate_for_model, arg("id"), arg("offset"), arg("size"), py::kw_only(),
              arg("streams") = none, arg("gate") = none,
              R"(Frees what allocate_for_model gave, or a part of it; offsets count from the model's base_address.
@@ -244,6 +263,12 @@ For streams and gate see VirtualMemoryPool.deallocate. Raises ModelNotFound, Inv
 
 Also what other pools of this pool's device map from now on. Allowing a device again, or the pool's own, changes nothing.
 Raises DeviceUnavailable, InvalidArgument (a CPU and a GPU), CudaError (the two can't reach each other's memory).)")
+        .def_property_readonly(
+            "name",
+            [](const SharedMemoryPool& self) {
+                return self.name().empty() ? std::nullopt : std::optional(self.name());
+            },
+            "Of its ledger; None where this process draws on the limit alone.")
         .def_property_readonly("page_size", &SharedMemoryPool::page_size)
         .def_property_readonly("device", [](const SharedMemoryPool& self) { return device_name(self.device()); });
     add_context_manager(shared);

@@ -88,8 +88,7 @@ class LockedFile {
 };
 
 LedgerSegment::Table map(const std::string& name, const LockedFile& file) {
-    void* const address =
-        mmap(nullptr, sizeof(LedgerTable), PROT_READ | PROT_WRITE, MAP_SHARED, file.fd(), 0);
+    void* const address = mmap(nullptr, sizeof(LedgerTable), PROT_READ | PROT_WRITE, MAP_SHARED, file.fd(), 0);
     if (address == MAP_FAILED) fail(name, std::string("it can't be mapped: ") + std::strerror(errno));
     return {static_cast<LedgerTable*>(address), [](LedgerTable* gone) { (void)munmap(gone, sizeof(LedgerTable)); }};
 }
@@ -101,8 +100,7 @@ LedgerSegment::Table make(const std::string& name, const LockedFile& file, Bytes
     if (failed == 0 && fchmod(file.fd(), 0600) != 0) failed = errno;
     if (failed != 0) {
         (void)ftruncate(file.fd(), 0);
-        fail(name, "no room for " + format_bytes(sizeof(LedgerTable)) + " in " + folder + ": " +
-                       std::strerror(failed));
+        fail(name, "no room for " + format_bytes(sizeof(LedgerTable)) + " in " + folder + ": " + std::strerror(failed));
     }
     LedgerSegment::Table table = map(name, file);
     new (table.get()) LedgerTable;
@@ -118,8 +116,8 @@ LedgerSegment::Table make(const std::string& name, const LockedFile& file, Bytes
 LedgerSegment::Table open_existing(const std::string& name, const LockedFile& file) {
     constexpr std::size_t head = offsetof(LedgerTable, arrivals);
     if (file.size() < head) {
-        fail(name, "its file of " + format_bytes(file.size()) + " is truncated; " +
-                       format_bytes(sizeof(LedgerTable)) + " would be right" + advice(name));
+        fail(name, "its file of " + format_bytes(file.size()) + " is truncated; " + format_bytes(sizeof(LedgerTable)) +
+                       " would be right" + advice(name));
     }
     // Only its head may be there, so it is read and not mapped.
     alignas(LedgerTable) unsigned char bytes[head];
@@ -140,8 +138,8 @@ LedgerSegment::Table open_existing(const std::string& name, const LockedFile& fi
                        std::to_string(sizeof(LedgerTable)) + "; use the same version in all processes" + advice(name));
     }
     if (file.size() != sizeof(LedgerTable)) {
-        fail(name, "its file of " + format_bytes(file.size()) + " is truncated; " +
-                       format_bytes(sizeof(LedgerTable)) + " would be right" + advice(name));
+        fail(name, "its file of " + format_bytes(file.size()) + " is truncated; " + format_bytes(sizeof(LedgerTable)) +
+                       " would be right" + advice(name));
     }
     return map(name, file);
 }
@@ -181,7 +179,8 @@ LedgerSegment::Table LedgerSegment::look(const std::string& name) {
     if (!file || unfinished(file)) {
         std::string known;
         for (const std::string& each : names()) known += (known.empty() ? "there are '" : "', '") + each;
-        fail(name, "there is none of that name; " + (known.empty() ? std::string("there are none at all") : known + "'"));
+        fail(name,
+             "there is none of that name; " + (known.empty() ? std::string("there are none at all") : known + "'"));
     }
     return open_existing(name, file);
 }

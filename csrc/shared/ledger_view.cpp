@@ -104,8 +104,8 @@ std::vector<LedgerClientStats> LedgerView::clients(bool refresh) const {
         stats.stranded = get(client.stranded);
         stats.driver_calls = get(client.driver_calls);
         const std::uint64_t told = get(client.told);
-        stats.age = told == 0 ? std::numeric_limits<double>::infinity()
-                              : static_cast<double>(beyond(steady_now(), told)) / 1e9;
+        stats.age =
+            told == 0 ? std::numeric_limits<double>::infinity() : static_cast<double>(beyond(steady_now(), told)) / 1e9;
         shown.push_back(std::move(stats));
     }
     return shown;

@@ -111,7 +111,8 @@ Ledger::WaitId Ledger::enter_wait(ClientId id, Bytes bytes) {
 
 bool Ledger::sleep(WaitId wait, std::uint64_t at_most) const noexcept {
     const LedgerWait& mine = table_->wait[wait];
-    if (mine.state.load(std::memory_order_acquire) == wait_pending) futex_sleep(mine.state, wait_pending, at_most);
+    const bool pending = mine.state.load(std::memory_order_acquire) == wait_pending;
+    if (pending && at_most > 0) futex_sleep(mine.state, wait_pending, at_most);
     return mine.state.load(std::memory_order_acquire) == wait_granted;
 }
 

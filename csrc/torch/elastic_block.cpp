@@ -44,16 +44,16 @@ std::vector<Stream> ElasticBlock::users() const {
     return streams;
 }
 
-void ElasticBlock::grow(std::uint64_t length, bool exact) {
+void ElasticBlock::grow(std::uint64_t length, bool exact, const WaitOptions* wait) {
     const std::lock_guard lock(mutex_);
     require_none_staged();
     if (length <= length_) return;
-    claim_rows(length, exact);
+    claim_rows(length, exact, wait);
     length_ = length;
 }
 
 // All rows or none; length_ is the caller's to change.
-void ElasticBlock::claim_rows(std::uint64_t length, bool exact) {
+void ElasticBlock::claim_rows(std::uint64_t length, bool exact, const WaitOptions* wait) {
     const Bytes begin = length_ * layout_.unit;
     const Bytes end = length * layout_.unit;
     AllocateOptions options;
@@ -61,6 +61,7 @@ void ElasticBlock::claim_rows(std::uint64_t length, bool exact) {
     options.stream = current_stream(model()->pool().device());
     options.open_ended = !exact;
     options.held = begin;
+    options.wait = wait;
     for (std::uint64_t row = 0; row < layout_.rows; ++row) {
         options.grow_end = layout_.row_offset(row) + layout_.max_length * layout_.unit;
         try {
@@ -78,7 +79,7 @@ void ElasticBlock::claim_rows(std::uint64_t length, bool exact) {
 void ElasticBlock::stage(std::uint64_t length) {
     const std::lock_guard lock(mutex_);
     require_none_staged();
-    if (length > length_) claim_rows(length, /*exact=*/true);
+    if (length > length_) claim_rows(length, /*exact=*/true, /*wait=*/nullptr);
     staged_ = std::max(length, length_);
 }
 

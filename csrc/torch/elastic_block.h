@@ -51,8 +51,9 @@ class ElasticBlock {
     Bytes resident_bytes() const { return length() * layout_.unit * layout_.rows; }
 
     // All rows or none. Growing to a length that is resident already does nothing.
-    // `exact`: maps no further than `length`. Errors are VirtualMemoryPool::allocate's.
-    void grow(std::uint64_t length, bool exact);
+    // `exact`: maps no further than `length`. `wait`: in line, where memory is short. Errors are
+    // VirtualMemoryPool::allocate's.
+    void grow(std::uint64_t length, bool exact, const WaitOptions* wait = nullptr);
     // grow() in two halves. Memory up to `length` is made resident, exactly, while the length stays as it is; then it
     // counts, or goes back. Meanwhile grow, shrink and stage throw InvalidArgument. A length that is resident already
     // is staged at no cost.
@@ -72,7 +73,7 @@ class ElasticBlock {
     static ElasticBlock* from(const c10::DataPtr& data);
 
   private:
-    void claim_rows(std::uint64_t length, bool exact);
+    void claim_rows(std::uint64_t length, bool exact, const WaitOptions* wait);
     void require_none_staged() const;
     std::vector<Stream> users() const;
     void add_stream(Stream stream);

@@ -238,9 +238,9 @@ at::Tensor empty(const ModelPtr& model, const ElasticShape& wanted, at::ScalarTy
     return tensor_over(make_storage(model, wanted, dtype, scrub));
 }
 
-void grow(const at::Tensor& tensor, std::int64_t length, bool exact) {
+void grow(const at::Tensor& tensor, std::int64_t length, bool exact, const WaitOptions* wait) {
     const Target target = checked_growth(tensor, length);
-    target.block->grow(static_cast<std::uint64_t>(length), exact);
+    target.block->grow(static_cast<std::uint64_t>(length), exact, wait);
     set_storage_size(tensor, *target.block);
     set_length(tensor, target, length);
 }

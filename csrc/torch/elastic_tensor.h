@@ -40,7 +40,7 @@ at::Tensor tensor_over(const ElasticStorage& made);
 // that were taken before keep their own length. grow throws InvalidArgument beyond max_shape, below the present length,
 // or for a tensor that is not the elastic tensor itself; shrink throws it above the present length, or while other
 // tensors share the storage, as they may reach into what would be unmapped.
-void grow(const at::Tensor& tensor, std::int64_t length, bool exact);
+void grow(const at::Tensor& tensor, std::int64_t length, bool exact, const WaitOptions* wait = nullptr);
 // `own_references` is how many the caller holds to the very tensor.
 void shrink(const at::Tensor& tensor, std::int64_t length, std::size_t own_references = 1);
 

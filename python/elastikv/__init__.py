@@ -21,10 +21,15 @@ check_torch(_torch.__version__)
 from elastikv import errors  # noqa: E402
 from elastikv._build_info import VERSION as __version__  # noqa: E402
 from elastikv._core import (  # noqa: E402
+    Cancellation,
     DriverCallStats,
     GlobalMemoryStats,
+    Ledger,
+    LedgerClient,
+    LedgerStats,
     MemoryStats,
     Model,
+    PressureHandle,
     Quota,
     ReleaseGate,
     SharedMemoryPool,
@@ -33,6 +38,7 @@ from elastikv._core import (  # noqa: E402
     empty,
     grow_,
     is_elastic,
+    ledgers,
     model_of,
     prefetch,
     record_stream,
@@ -43,10 +49,15 @@ from elastikv._core import (  # noqa: E402
 from elastikv.errors import *  # noqa: E402, F403
 
 __all__ = [
+    "Cancellation",
     "DriverCallStats",
     "GlobalMemoryStats",
+    "Ledger",
+    "LedgerClient",
+    "LedgerStats",
     "MemoryStats",
     "Model",
+    "PressureHandle",
     "Quota",
     "ReleaseGate",
     "SharedMemoryPool",
@@ -57,6 +68,7 @@ __all__ = [
     "grow_",
     "hf",  # noqa: F405 (loaded when asked for)
     "is_elastic",
+    "ledgers",
     "library_path",
     "model_of",
     "prefetch",

@@ -135,7 +135,8 @@ TEST_CASE("a model's handle keeps its charge in the ledger after its pool is gon
     CHECK_FALSE(exists(name));
 }
 
-TEST_CASE("invariant 9: a killed process leaves no charge, no reserve and no waiter", "[ledger][processes][invariant]") {
+TEST_CASE("invariant 9: a killed process leaves no charge, no reserve and no waiter",
+          "[ledger][processes][invariant]") {
     const Sweep sweep;
     const std::string name = fresh_name("killed");
     Other other([&](Other& parent) {
@@ -307,7 +308,8 @@ TEST_CASE("a forked child is no part of the ledger and leaves the parent's place
 
 TEST_CASE("bad names and bad files are refused in words", "[ledger][processes][bad_input]") {
     const auto join = [](const std::string& name) { SharedMemoryPool(16 * page, host_driver(), {}, name); };
-    for (const std::string& bad : {std::string("a/b"), std::string("sp ace"), std::string(64, 'x'), std::string("\n")}) {
+    for (const std::string& bad :
+         {std::string("a/b"), std::string("sp ace"), std::string(64, 'x'), std::string("\n")}) {
         CHECK_THROWS_AS(join(bad), InvalidArgument);
         CHECK_THROWS_AS(LedgerView(bad), InvalidArgument);
     }
