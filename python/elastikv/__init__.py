@@ -46,10 +46,12 @@ from elastikv._core import (  # noqa: E402
     shrink_,
     zeros,
 )
+from elastikv.device_pools import DevicePools  # noqa: E402
 from elastikv.errors import *  # noqa: E402, F403
 
 __all__ = [
     "Cancellation",
+    "DevicePools",
     "DriverCallStats",
     "GlobalMemoryStats",
     "Ledger",

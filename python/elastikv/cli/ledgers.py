@@ -87,4 +87,6 @@ def with_model(model: str, pool: str | None, pid: int | None) -> tuple[Ledger, L
     where = f"in pool '{pool}'" if pool else "in any pool"
     of = f" of process {pid}" if pid is not None else ""
     known = sorted({f"'{client.model}'" for _, client in clients})
-    raise ModelNotFound(f"no model '{model}'{of} {where}; {'there are ' + ', '.join(known) if known else 'there is none'}")
+    raise ModelNotFound(
+        f"no model '{model}'{of} {where}; {'there are ' + ', '.join(known) if known else 'there is none'}"
+    )

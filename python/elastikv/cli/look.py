@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from elastikv.cli.ledgers import Pool, chosen, clear_errors, running
-from elastikv.cli.sizes import short_size
+from elastikv.cli.sizes import count, short_size
 
 if TYPE_CHECKING:
     from elastikv import Ledger, LedgerClient
@@ -51,9 +51,10 @@ def list_pools(
     if not rows:
         typer.echo("no pool with a name runs here")
     for row in rows:
+        held = f"{short_size(row['charged'])} of {short_size(row['physical_limit'])} held"
         typer.echo(
-            f"{row['pool']} ({row['device']}): {short_size(row['charged'])} of {short_size(row['physical_limit'])} held, "
-            f"{short_size(row['reserved'])} reserved, {row['processes']} processes, {row['waiters']} waiting"
+            f"{row['pool']} ({row['device']}): {held}, "
+            f"{short_size(row['reserved'])} reserved, {count(row['processes'], 'process')}, {row['waiters']} waiting"
         )
         for model in row["models"]:
             typer.echo(

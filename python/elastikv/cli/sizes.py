@@ -24,3 +24,8 @@ def short_size(size: float) -> str:
         if abs(size) >= unit:
             return f"{size / unit:.{1 if abs(size) < 100 * unit else 0}f} {name}"
     return f"{size:.0f} B"
+
+
+def count(number: int, noun: str) -> str:
+    """As `1 process` or `3 processes`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"

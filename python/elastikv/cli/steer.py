@@ -23,7 +23,7 @@ def limit(
         target = ledger.stats().physical_limit if asked is None else asked
         ledger.set_quota(model, pid=client.pid, limit=target)
         _tell(ledger.name, model, client.pid, f"limit {short_size(client.limit)} -> {short_size(target)}")
-        over = client.charged - target
+        over = next((one.overage for one in ledger.clients() if (one.model, one.pid) == (model, client.pid)), 0)
     if over > 0:
         typer.echo(f"it holds {short_size(over)} more than that, which goes as memory is freed")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elastikv.cli.ledgers import NO_POOL, Pool, chosen, clear_errors, running
-from elastikv.cli.sizes import short_size
+from elastikv.cli.sizes import count, short_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from elastikv import Ledger, LedgerClient, LedgerStats
 
 BAR = 24
+WIDE = 116  # columns of the terminal, from which all of ours fit
+NARROW_LEAVES_OUT = ("retiring", "stranded", "calls")
 STATES = (("used", "green"), ("retiring", "magenta"), ("parked", "blue"), ("stranded", "bright_black"))
 
 
@@ -49,38 +51,36 @@ def top(
     with clear_errors("top"):
         if pool is not None:
             chosen(pool)  # says so if there is none
+        console = Console() if sys.stdout.isatty() else Console(width=160)
         if once or not sys.stdout.isatty():
-            console = Console() if sys.stdout.isatty() else Console(width=160)
-            console.print(picture(pool, rates))
+            console.print(picture(pool, rates, console.width))
             return
-        with contextlib.suppress(KeyboardInterrupt), Live(picture(pool, rates), screen=True, auto_refresh=False) as live:
+        live = Live(picture(pool, rates, console.width), console=console, screen=True, auto_refresh=False)
+        with contextlib.suppress(KeyboardInterrupt), live:
             while True:
                 time.sleep(interval)
-                live.update(picture(pool, rates), refresh=True)
+                live.update(picture(pool, rates, console.width), refresh=True)
 
 
-def picture(pool: str | None, rates: Rates) -> RenderableType:
+def picture(pool: str | None, rates: Rates, width: int) -> RenderableType:
     """All pools, or the one of that name, as they are now."""
     from rich.console import Group
     from rich.text import Text
 
     from elastikv import LedgerError
 
-    parts: list[RenderableType] = [
-        Text.assemble(
-            ("elastikv top", "bold"), time.strftime("  %H:%M:%S   "), *(("■ " + name + "  ", color) for name, color in STATES)
-        )
-    ]
+    legend = [(f"■ {name}  ", color) for name, color in STATES]
+    parts: list[RenderableType] = [Text.assemble(("elastikv top", "bold"), time.strftime("  %H:%M:%S   "), *legend)]
     for ledger in running():
         if pool in (None, ledger.name):
             with contextlib.suppress(LedgerError):  # it ended meanwhile
-                parts += _pool(ledger, rates)
+                parts += _pool(ledger, rates, width)
     if len(parts) == 1:
         parts.append(Text(f"\n{NO_POOL}" if pool is None else f"\npool '{pool}' has ended", style="yellow"))
     return Group(*parts)
 
 
-def _pool(ledger: Ledger, rates: Rates) -> list[RenderableType]:
+def _pool(ledger: Ledger, rates: Rates, width: int) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
@@ -89,40 +89,46 @@ def _pool(ledger: Ledger, rates: Rates) -> list[RenderableType]:
     head = Text.assemble(
         "\n", (ledger.name, "bold cyan"), f" ({ledger.device})  ", _bar(clients, stats, stats.physical_limit),
         f"  {short_size(stats.charged)} of {short_size(stats.physical_limit)} held, peak {short_size(stats.peak)}, "
-        f"{short_size(stats.reserved)} reserved, {stats.processes} processes",
+        f"{short_size(stats.reserved)} reserved, {count(stats.processes, 'process')}",
         (f", {stats.waiters} waiting" if stats.waiters else "", "bold yellow"),
     )  # fmt: skip
     table = Table(expand=True, show_edge=False, pad_edge=False, box=None, header_style="bold", padding=(0, 1))
-    table.add_column("model", ratio=2, overflow="ellipsis", no_wrap=True)
-    table.add_column("pid", justify="right", no_wrap=True)
-    for name in ("held", "used", "retiring", "parked", "stranded", "reserve", "limit", "growth/s", "calls", "waiting"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for client in clients:
-        table.add_row(*_cells(ledger.name, client, stats, rates, now))
-    if not clients:
+    rows = [_cells(ledger.name, client, stats, rates, now) for client in clients]
+    if not rows:
         return [head, Text("  no model", style="bright_black")]
+    columns = [name for name in rows[0] if width >= WIDE or name not in NARROW_LEAVES_OUT]
+    for name in columns:
+        left = name == "model"
+        table.add_column(
+            name, justify="left" if left else "right", ratio=1 if left else None, min_width=8 if left else None,
+            overflow="ellipsis", no_wrap=True,
+        )  # fmt: skip
+    for row in rows:
+        table.add_row(*(row[name] for name in columns))
     return [head, table]
 
 
-def _cells(pool: str, client: LedgerClient, stats: LedgerStats, rates: Rates, now: float) -> list[str | Text]:
+def _cells(pool: str, client: LedgerClient, stats: LedgerStats, rates: Rates, now: float) -> dict[str, str | Text]:
+    """One model's row, by column."""
     from rich.text import Text
 
-    growth = rates.of(client.charged, now, pool, client.model, str(client.pid))
+    rate = rates.of(client.charged, now, pool, client.model, str(client.pid))
+    growth = f"{'+' if rate > 0 else ''}{short_size(rate)}" if rate else "-"
     over = client.overage > 0
     limit = short_size(client.limit) if client.limit < stats.physical_limit else "-"
     waiting = f"{client.waiters}: {short_size(client.waiting)}" if client.waiters else "-"
     stale = "" if client.age < 5 else "bright_black"  # its process has not answered for a while
-    return [
-        client.model,
-        str(client.pid),
-        Text(short_size(client.charged), style="bold red" if over else "bold"),
-        *(Text(short_size(getattr(client, name)), style=stale or color) for name, color in STATES),
-        short_size(client.reserve) if client.reserve else "-",
-        Text(limit, style="red" if over else ""),
-        Text(f"{'+' if growth > 0 else ''}{short_size(growth)}" if growth else "-", style="green" if growth > 0 else ""),
-        f"{client.driver_calls:,}",
-        Text(waiting, style="bold yellow" if client.waiters else ""),
-    ]
+    return {
+        "model": client.model,
+        "pid": str(client.pid),
+        "held": Text(short_size(client.charged), style="bold red" if over else "bold"),
+        **{name: Text(short_size(getattr(client, name)), style=stale or color) for name, color in STATES},
+        "reserve": short_size(client.reserve) if client.reserve else "-",
+        "limit": Text(limit, style="red" if over else ""),
+        "growth/s": Text(growth, style="green" if rate > 0 else ""),
+        "calls": f"{client.driver_calls:,}",
+        "waiting": Text(waiting, style="bold yellow" if client.waiters else ""),
+    }
 
 
 def _bar(clients: list[LedgerClient], stats: LedgerStats, whole: int) -> Text:
