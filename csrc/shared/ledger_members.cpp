@@ -51,13 +51,19 @@ std::uint32_t Ledger::enter_member() {
     return locked([&] {
         std::uint32_t index = 0;
         reap_under_lock();
-        while (index < max_ledger_members && get(table_->member[index].state) != entry_free) ++index;
+        // Of a free entry nobody holds the mutex; tried and not locked, as it is held for life, and comes first then.
+        const auto taken = [this](LedgerMember& member) {
+            if (get(member.state) != entry_free) return false;
+            const int held = pthread_mutex_trylock(&member.alive);
+            if (held == EOWNERDEAD) pthread_mutex_consistent(&member.alive);
+            return held == 0 || held == EOWNERDEAD;
+        };
+        while (index < max_ledger_members && !taken(table_->member[index])) ++index;
         if (index == max_ledger_members) {
             throw InvalidArgument("the ledger is full: " + std::to_string(max_ledger_members) +
                                   " pools in processes use it already");
         }
         LedgerMember& mine = table_->member[index];
-        if (pthread_mutex_lock(&mine.alive) == EOWNERDEAD) pthread_mutex_consistent(&mine.alive);
         put(mine.pid, static_cast<std::uint32_t>(getpid()));
         put(mine.started, started);
         put(mine.requests, 0);
