@@ -18,6 +18,7 @@ def test_last_reading_is_what_the_statistics_say(shared, model, page_size):
     timeline = shared.timeline(RARELY)
     kept = elastikv.empty((3, page_size), (16, page_size), torch.uint8, model)
     shared.allocate_for_model("other", page_size)
+    other.set_quota(limit=9 * page_size)
     timeline.stop()
     last = {sample.model: sample for sample in timeline.samples()[-2:]}
     assert set(last) == {"model", "other"}
@@ -25,6 +26,7 @@ def test_last_reading_is_what_the_statistics_say(shared, model, page_size):
         sample, stats = last[each.name], each.stats()
         assert (sample.used, sample.stranded) == (stats.used, stats.stranded)
         assert sample.physical == stats.physical_usage
+        assert sample.limit == each.quota().limit
         assert sample.pool_limit == shared.global_stats().physical_limit
     assert kept.shape[0] == 3 and not timeline.running
 
