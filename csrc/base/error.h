@@ -95,6 +95,18 @@ class ModelAlreadyExists : public VmmError {
     explicit ModelAlreadyExists(const std::string& id);
 };
 
+// A wait for memory that was called off.
+class WaitCancelled : public VmmError {
+  public:
+    using VmmError::VmmError;
+};
+
+// A ledger that processes share can't be used: it is damaged, of another version or user, full, or not there.
+class LedgerError : public VmmError {
+  public:
+    using VmmError::VmmError;
+};
+
 // No driver, no such device, or a device that lacks what the pool needs.
 class DeviceUnavailable : public VmmError {
   public:

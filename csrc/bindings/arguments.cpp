@@ -1,4 +1,6 @@
 // Python values to ours, with errors that say what was wrong.
+#include <limits>
+
 #include "bindings/bindings.h"
 #include "torch/streams.h"
 
@@ -46,6 +48,25 @@ Bytes to_offset(const py::object& offset, const py::object& size, Bytes capacity
     error.attr("capacity") = capacity;
     PyErr_SetObject(type.ptr(), error.ptr());
     throw py::error_already_set();
+}
+
+QuotaChange to_quota_change(const py::object& reserve, const py::object& limit, const py::object& priority) {
+    QuotaChange change;
+    if (!reserve.is_none()) change.reserve = to_bytes(reserve, "reserve");
+    if (!limit.is_none()) change.limit = to_bytes(limit, "limit");
+    if (priority.is_none()) return change;
+    if (PyBool_Check(priority.ptr()) || !PyIndex_Check(priority.ptr())) {
+        throw py::type_error(std::string("priority must be an integer, not ") + Py_TYPE(priority.ptr())->tp_name);
+    }
+    int overflow = 0;
+    const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(priority.ptr()));
+    if (!number) throw py::error_already_set();
+    const long long value = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+    if (overflow != 0 || value < std::numeric_limits<int>::min() || value > std::numeric_limits<int>::max()) {
+        raise("InvalidArgument", "priority must fit 32 bits, not " + py::str(number).cast<std::string>());
+    }
+    change.priority = static_cast<int>(value);
+    return change;
 }
 
 Stream to_stream(const py::handle& stream) {

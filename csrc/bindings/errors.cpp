@@ -50,6 +50,10 @@ void bind_errors(py::module_&) {
             raise("ModelNotFound", e);
         } catch (const ModelAlreadyExists& e) {
             raise("ModelAlreadyExists", e);
+        } catch (const WaitCancelled& e) {
+            raise("WaitCancelled", e);
+        } catch (const LedgerError& e) {
+            raise("LedgerError", e);
         } catch (const DeviceUnavailable& e) {
             raise("DeviceUnavailable", e);
         } catch (const HandoffFailed& e) {

@@ -63,7 +63,11 @@ PYBIND11_MODULE(_core, module) {
     using namespace elastikv::bindings;
     bind_errors(module);
     bind_stats(module);
+    bind_ledger(module);
+    bind_models(module);
     bind_pools(module);
+    bind_events(module);
+    bind_timeline(module);
     bind_tensors(module);
     bind_devices(module);
     bind_ways(module);

@@ -1,7 +1,7 @@
 // The pools. Whatever can take a lock or call the driver runs without the GIL.
 #include <pybind11/stl.h>
 
-#include "bindings/bindings.h"
+#include "bindings/waiting.h"
 #include "torch/streams.h"
 
 namespace elastikv::bindings {
@@ -85,24 +85,35 @@ bool pool_is_mapped(const Pool& pool, const py::object& offset, const py::object
 }
 
 std::shared_ptr<SharedMemoryPool> make_shared_pool(const py::object& physical_limit, const py::object& device,
-                                                   const py::object& page_size, const py::object& park_limit) {
+                                                   const py::object& page_size, const py::object& park_limit,
+                                                   const std::optional<std::string>& name) {
     const Bytes limit = to_bytes(physical_limit, "physical_limit");
     const DriverPtr driver = driver_for(py::str(device));  // str(torch.device) is its name
     const PoolOptions options = to_options(page_size, park_limit, driver->capabilities().granularity);
-    return without_gil_at_end(new SharedMemoryPool(limit, driver, options));
+    if (name && name->empty()) throw InvalidArgument("a ledger's name must not be empty; None is for no ledger");
+    const py::gil_scoped_release release;
+    return without_gil_at_end(new SharedMemoryPool(limit, driver, options, name.value_or("")));
 }
 
-ModelPtr register_model(SharedMemoryPool& pool, const std::string& id, const py::object& virtual_capacity) {
+ModelPtr register_model(SharedMemoryPool& pool, const std::string& id, const py::object& virtual_capacity,
+                        const py::object& reserve, const py::object& limit, const py::object& priority) {
     const Bytes capacity = to_bytes(virtual_capacity, "virtual_capacity");
+    const QuotaChange wanted = to_quota_change(reserve, limit, priority);
+    Quota quota;
+    quota.reserve = wanted.reserve.value_or(quota.reserve);
+    quota.limit = wanted.limit.value_or(quota.limit);
+    quota.priority = wanted.priority.value_or(quota.priority);
     const py::gil_scoped_release release;
-    return pool.register_model(id, capacity);
+    return pool.register_model(id, capacity, std::nullopt, quota);
 }
 
-Address allocate_for_model(SharedMemoryPool& pool, const std::string& id, const py::object& size, bool zero) {
+Address allocate_for_model(SharedMemoryPool& pool, const std::string& id, const py::object& size, bool zero,
+                           const py::object& timeout, const std::shared_ptr<Cancellation>& cancel) {
     const Bytes bytes = to_bytes(size, "size");
-    const AllocateOptions options = to_allocate_options(zero, pool.device());
-    const py::gil_scoped_release release;
-    return pool.allocate_for_model(id, bytes, options);
+    AllocateOptions options = to_allocate_options(zero, pool.device());
+    const Waiting waiting(timeout, cancel);
+    options.wait = waiting.options();
+    return waiting.run([&] { return pool.allocate_for_model(id, bytes, options); });
 }
 
 void deallocate_for_model(SharedMemoryPool& pool, const std::string& id, const py::object& offset,
@@ -112,6 +123,17 @@ void deallocate_for_model(SharedMemoryPool& pool, const std::string& id, const p
     const std::vector<Stream> handles = to_streams(streams, pool.device());
     const py::gil_scoped_release release;
     pool.deallocate_for_model(id, begin, bytes, handles, gate);
+}
+
+void allow_peer(SharedMemoryPool& pool, const py::object& device) {
+    const std::string name = py::str(device);
+    const Capabilities peer = driver_for(name)->capabilities();
+    if (peer.kind != pool.device().kind) {
+        throw InvalidArgument(name + " can't be a peer of " + device_name(pool.device()) +
+                              ": peers are two CUDA devices");
+    }
+    const py::gil_scoped_release release;
+    pool.allow_peer(peer.index);
 }
 
 template <typename T>
@@ -129,6 +151,13 @@ void add_context_manager(py::class_<T, std::shared_ptr<T>>& type) {
 void bind_pools(py::module_& module) {
     using py::arg;
     const py::object none = py::none();
+
+    py::class_<Cancellation, std::shared_ptr<Cancellation>>(
+        module, "Cancellation",
+        "Calls off the waits that it is given to, from any thread: they raise WaitCancelled. Final.")
+        .def(py::init<>())
+        .def("cancel", &Cancellation::cancel, NoGil())
+        .def_property_readonly("cancelled", &Cancellation::cancelled);
 
     py::class_<ReleaseGate, Gate>(
         module, "ReleaseGate",
@@ -187,48 +216,37 @@ used, whose live pages move beneath the same addresses. Waits for the device; no
         .def_property_readonly("device", [](const Pool& self) { return device_name(self.device()); });
     add_context_manager(pool);
 
-    py::class_<Model, ModelPtr>(
-        module, "Model",
-        "A model's share of a SharedMemoryPool, as register_model() gives it. Its memory lives until the "
-        "model is unregistered and its last tensor is gone. Thread safe.")
-        .def_property_readonly("name", &Model::name)
-        .def_property_readonly("base_address", &Model::base_address)
-        .def_property_readonly("virtual_capacity", [](Model& self) { return self.pool().capacity(); })
-        .def_property_readonly("page_size", [](Model& self) { return self.pool().page_size(); })
-        .def_property_readonly("device", [](Model& self) { return device_name(self.pool().device()); })
-        .def_property_readonly("registered", py::cpp_function(&Model::registered, NoGil()))
-        .def("stats", &Model::stats, NoGil())
-        .def(
-            "trim", [](Model& self) { return self.pool().trim(); }, NoGil())
-        .def(
-            "compact", [](Model& self) { return self.pool().compact(); }, NoGil())
-        .def(
-            "drain", [](Model& self) { self.pool().drain(); }, NoGil())
-        .def("__repr__", [](const Model& self) { return "<elastikv.Model '" + self.name() + "'>"; });
-
     py::class_<SharedMemoryPool, std::shared_ptr<SharedMemoryPool>> shared(
         module, "SharedMemoryPool", R"(Several models on one device, under one limit of physical memory.
 
 physical_limit: bytes, at least one page. Each model has addresses of its own; physical memory is charged before it
 exists, so the limit holds at any moment. Memory that changes hands is zeroed. For the rest see VirtualMemoryPool.
+name: the limit is that of a ledger which all processes of this user that give the same name draw on, as long as any of
+them lives; a process that dies, however, leaves no charge in it. 1 to 63 letters, digits, '.', '_' and '-'.
+Raises InvalidArgument (a bad name, another physical_limit than the ledger's), LedgerError, InvalidPageSize.
 
 Thread safe. A context manager: leaving it closes the pool. Tensors outlive it.)");
     shared
         .def(py::init(&make_shared_pool), arg("physical_limit"), arg("device") = "cpu", py::kw_only(),
-             arg("page_size") = none, arg("park_limit") = none)
-        .def("register_model", &register_model, arg("id"), arg("virtual_capacity"),
-             "Reserves virtual_capacity bytes of addresses and returns the Model. Raises ModelAlreadyExists, "
-             "InvalidArgument, "
-             "InvalidSize, OutOfVirtualMemory.")
+             arg("page_size") = none, arg("park_limit") = none, arg("name") = none)
+        .def("register_model", &register_model, arg("id"), arg("virtual_capacity"), py::kw_only(), arg("reserve") = 0,
+             arg("limit") = none, arg("priority") = 0,
+             R"(Reserves virtual_capacity bytes of addresses and returns the Model; for the quota see Model.set_quota.
+
+Raises ModelAlreadyExists, InvalidArgument, InvalidSize, OutOfVirtualMemory.)")
         .def("unregister_model", &SharedMemoryPool::unregister_model, arg("id"), NoGil(),
              "Frees what allocate_for_model gave out. Tensors keep their memory, charged, until they die. Raises "
              "ModelNotFound.")
         .def("model", &SharedMemoryPool::model, arg("id"), NoGil(), "The Model of that name. Raises ModelNotFound.")
         .def("models", &SharedMemoryPool::models, NoGil(), "The names of all registered models.")
         .def("allocate_for_model", &allocate_for_model, arg("id"), arg("size"), py::kw_only(), arg("zero") = false,
+             arg("timeout") = none, arg("cancel") = py::none(),
              R"(Makes `size` bytes resident at a free place of the model's addresses and returns their address.
 
-Raises ModelNotFound, InvalidSize, OutOfVirtualMemory, OutOfPhysicalMemory, MappingFailed, CudaError, PoolClosed.)")
+Where memory is short and a timeout in seconds is given, waits in line for it: higher priorities first, then by arrival.
+
+Raises ModelNotFound, InvalidSize, OutOfVirtualMemory, OutOfPhysicalMemory, WaitCancelled, MappingFailed, CudaError,
+PoolClosed.)")
         .def("deallocate_for_model", &deallocate_for_model, arg("id"), arg("offset"), arg("size"), py::kw_only(),
              arg("streams") = none, arg("gate") = none,
              R"(Frees what allocate_for_model gave, or a part of it; offsets count from the model's base_address.
@@ -237,7 +255,20 @@ For streams and gate see VirtualMemoryPool.deallocate. Raises ModelNotFound, Inv
         .def("get_model_stats", &SharedMemoryPool::get_model_stats, arg("id"), NoGil(),
              "The model's MemoryStats, or None for an unknown name.")
         .def("global_stats", &SharedMemoryPool::global_stats, NoGil(), "A GlobalMemoryStats.")
-        .def("trim", &SharedMemoryPool::trim, NoGil(), "Gives all models' parked memory back; returns the bytes freed.")
+        .def("quotas", &SharedMemoryPool::quotas, NoGil(), "The Quota of every registered model, by name.")
+        .def("trim", &SharedMemoryPool::trim, NoGil(),
+             "Gives all models' parked memory back, and what heaps keep idle; returns the bytes freed.")
+        .def("allow_peer", &allow_peer, arg("device"),
+             R"(The other device, as "cuda:1", may read and write every model's memory, what is mapped now and later.
+
+Also what other pools of this pool's device map from now on. Allowing a device again, or the pool's own, changes nothing.
+Raises DeviceUnavailable, InvalidArgument (a CPU and a GPU), CudaError (the two can't reach each other's memory).)")
+        .def_property_readonly(
+            "name",
+            [](const SharedMemoryPool& self) {
+                return self.name().empty() ? std::nullopt : std::optional(self.name());
+            },
+            "Of its ledger; None where this process draws on the limit alone.")
         .def_property_readonly("page_size", &SharedMemoryPool::page_size)
         .def_property_readonly("device", [](const SharedMemoryPool& self) { return device_name(self.device()); });
     add_context_manager(shared);

@@ -33,6 +33,12 @@ std::string describe_global(const GlobalMemoryStats& stats) {
            ", retiring=" + std::to_string(stats.retiring) + ")";
 }
 
+std::string describe_quota(const QuotaStats& stats) {
+    return "Quota(reserve=" + std::to_string(stats.reserve) + ", limit=" + std::to_string(stats.limit) +
+           ", priority=" + std::to_string(stats.priority) + ", charged=" + std::to_string(stats.charged) +
+           ", overage=" + std::to_string(stats.overage) + ", waiting=" + std::to_string(stats.waiting) + ")";
+}
+
 }  // namespace
 
 void bind_stats(py::module_& module) {
@@ -64,10 +70,26 @@ void bind_stats(py::module_& module) {
         .def_readonly("prefetches_done", &MemoryStats::prefetches_done)
         .def_readonly("prefetches_dropped", &MemoryStats::prefetches_dropped)
         .def_readonly("reclaims_refused", &MemoryStats::reclaims_refused)
+        .def_readonly("created", &MemoryStats::created)
+        .def_readonly("released", &MemoryStats::released)
         .def_readonly("abandoned", &MemoryStats::abandoned)
         .def_property_readonly("driver_calls", &driver_calls)
         .def_property_readonly("total_driver_calls", &total_driver_calls)
         .def("__repr__", &describe);
+
+    py::class_<QuotaStats>(module, "Quota",
+                           "What a model is promised and may hold, and how it fares, at one moment. In bytes, but for "
+                           "priority, waiters, grants (waits that were served) and refusals (out of physical memory).")
+        .def_readonly("reserve", &QuotaStats::reserve)
+        .def_readonly("limit", &QuotaStats::limit)
+        .def_readonly("priority", &QuotaStats::priority)
+        .def_readonly("charged", &QuotaStats::charged)
+        .def_readonly("overage", &QuotaStats::overage)
+        .def_readonly("waiting", &QuotaStats::waiting)
+        .def_readonly("waiters", &QuotaStats::waiters)
+        .def_readonly("grants", &QuotaStats::grants)
+        .def_readonly("refusals", &QuotaStats::refusals)
+        .def("__repr__", &describe_quota);
 
     py::class_<GlobalMemoryStats>(module, "GlobalMemoryStats", "A shared pool's state at one moment, in bytes.")
         .def_readonly("physical_limit", &GlobalMemoryStats::physical_limit)
@@ -77,6 +99,8 @@ void bind_stats(py::module_& module) {
         .def_readonly("parked", &GlobalMemoryStats::parked)
         .def_readonly("retiring", &GlobalMemoryStats::retiring)
         .def_readonly("peak_physical", &GlobalMemoryStats::peak_physical)
+        .def_readonly("reserved", &GlobalMemoryStats::reserved)
+        .def_readonly("committed", &GlobalMemoryStats::committed)
         .def("__repr__", &describe_global);
 }
 

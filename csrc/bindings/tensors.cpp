@@ -6,7 +6,7 @@
 #include <torch/csrc/Storage.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include "bindings/bindings.h"
+#include "bindings/waiting.h"
 #include "torch/elastic_tensor.h"
 #include "torch/streams.h"
 
@@ -99,11 +99,12 @@ py::object zeros(const std::vector<std::int64_t>& shape, const py::object& dtype
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor)));
 }
 
-py::object grow(const py::object& object, const py::object& to, bool exact) {
+py::object grow(const py::object& object, const py::object& to, bool exact, const py::object& timeout,
+                const std::shared_ptr<Cancellation>& cancel) {
     const at::Tensor tensor = to_tensor(object);
     const std::int64_t length = to_length(to);
-    const py::gil_scoped_release release;
-    torch::grow(tensor, length, exact);
+    const Waiting waiting(timeout, cancel);
+    waiting.run([&] { torch::grow(tensor, length, exact, waiting.options()); });
     return object;
 }
 
@@ -113,6 +114,19 @@ py::object shrink(const py::object& object, const py::object& to) {
     const py::gil_scoped_release release;
     torch::shrink(tensor, length, /*own_references=*/2);  // the Python object's, and `tensor` here
     return object;
+}
+
+std::unique_ptr<torch::StagedGrowth> stage_growth(const std::vector<std::pair<py::object, py::object>>& wanted) {
+    std::vector<std::pair<at::Tensor, std::int64_t>> growth;
+    for (const auto& [tensor, length] : wanted) growth.emplace_back(to_tensor(tensor), to_length(length));
+    const py::gil_scoped_release release;
+    return std::make_unique<torch::StagedGrowth>(growth);
+}
+
+void require_shrinkable(const py::object& object, const py::object& to) {
+    const at::Tensor tensor = to_tensor(object);
+    const std::int64_t length = to_length(to);
+    torch::require_shrinkable(tensor, length, /*own_references=*/2);  // as in shrink()
 }
 
 void prefetch(const py::object& object, const py::object& to) {
@@ -174,16 +188,28 @@ there before, never what another did. The memory is freed when the last view die
 A tensor of length 0 has data_ptr() 0, as any empty tensor; untyped_storage().data_ptr() is its address from the start.
 Raises InvalidArgument, OutOfVirtualMemory, OutOfPhysicalMemory, ModelNotFound.)");
     module.def("grow_", &grow, arg("tensor"), arg("length"), py::kw_only(), arg("exact") = false,
+               arg("timeout") = py::none(), arg("cancel") = py::none(),
                R"(Grows the tensor in place to `length` along its growing dimension, and returns it.
 
 Same object, address and storage; values and older views stay; no copy. Unless `exact`, it may map up to 1/8 of what the
-tensor holds ahead, so that growth step by step takes few driver calls. All or nothing.
-Raises InvalidArgument (beyond max_shape, below the present length, not an elastic tensor), OutOfPhysicalMemory, ModelNotFound.)");
+tensor holds ahead, so that growth step by step takes few driver calls. All or nothing. For timeout and cancel see
+SharedMemoryPool.allocate_for_model.
+Raises InvalidArgument (beyond max_shape, below the present length, not an elastic tensor), OutOfPhysicalMemory, WaitCancelled,
+ModelNotFound.)");
     module.def("shrink_", &shrink, arg("tensor"), arg("length"),
                R"(Shrinks the tensor in place to `length` along its growing dimension, and returns it.
 
 The memory beyond is given back once work on the current stream and on recorded streams has finished.
 Raises InvalidArgument above the present length, and while other tensors share the storage, as they could reach into it.)");
+    py::class_<torch::StagedGrowth>(module, "StagedGrowth", R"(Several tensors' growth in two halves.
+
+From construction on the memory is there, exactly, while shapes stay as they are; commit() makes it count, drop(), or the
+end of the object, gives it back. All or nothing. Raises what grow_ does.)")
+        .def(py::init(&stage_growth), arg("wanted"), "wanted: pairs of a tensor and the length to grow to.")
+        .def("commit", &torch::StagedGrowth::commit, py::call_guard<py::gil_scoped_release>())
+        .def("drop", &torch::StagedGrowth::drop, py::call_guard<py::gil_scoped_release>());
+    module.def("require_shrinkable", &require_shrinkable, arg("tensor"), arg("length"),
+               "Raises what shrink_ would refuse, and does nothing else.");
     module.def(
         "prefetch", &prefetch, arg("tensor"), arg("length"),
         "Maps memory up to `length` in the background; the tensor keeps its length. Dropped when memory is short.");

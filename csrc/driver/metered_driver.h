@@ -23,6 +23,11 @@ class MeteredDriver final : public ForwardingDriver {
     DriverCallTable table() const noexcept;
     // Bytes of physical memory or addresses whose owner is gone and which the driver refused to take back.
     Bytes abandoned() const noexcept { return abandoned_.load(std::memory_order_relaxed); }
+    // Bytes of physical memory that were ever created, and released.
+    Bytes created() const noexcept { return created_.load(std::memory_order_relaxed); }
+    Bytes released() const noexcept { return released_.load(std::memory_order_relaxed); }
+    void note_created(Bytes bytes) noexcept { created_.fetch_add(bytes, std::memory_order_relaxed); }
+    void note_released(Bytes bytes) noexcept { released_.fetch_add(bytes, std::memory_order_relaxed); }
     void abandon(Bytes bytes) noexcept { abandoned_.fetch_add(bytes, std::memory_order_relaxed); }
 
   private:
@@ -34,6 +39,8 @@ class MeteredDriver final : public ForwardingDriver {
         std::atomic<std::uint64_t> nanoseconds{0};
     };
     std::array<Counter, driver_call_kinds> counters_;
+    std::atomic<Bytes> created_{0};
+    std::atomic<Bytes> released_{0};
     std::atomic<Bytes> abandoned_{0};
 };
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/events.h"
 #include "pool/virtual_memory_pool.h"
 
 namespace elastikv {
@@ -63,7 +64,7 @@ Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& opti
     const Bytes far_end = open_ended_end(gap, options);
     for (const Bytes end : {far_end, gap.end}) {
         const ByteRange range{gap.begin, end};
-        if (budget_ && !budget_->try_charge(range.size())) continue;
+        if (!try_charge(range.size(), options.grant)) continue;
         const bool zero = options_.scrub_fresh || options.zero;
         const Status status = try_make_extent(range, zero, fresh);
         if (status.ok()) return 0;
@@ -72,6 +73,11 @@ Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& opti
         throw CudaError(status, "making an extent of " + format_bytes(range.size()));
     }
     return gap.size();
+}
+
+bool VirtualMemoryPool::try_charge(Bytes bytes, Grant* grant) noexcept {
+    if (grant != nullptr && grant->take(bytes)) return true;
+    return !budget_ || budget_->try_charge(bytes);
 }
 
 Bytes VirtualMemoryPool::open_ended_end(ByteRange gap, const AllocateOptions& options) const {
@@ -86,6 +92,7 @@ Bytes VirtualMemoryPool::open_ended_end(ByteRange gap, const AllocateOptions& op
 // The bytes are charged already. After a failure they are refunded, or, where the driver would not take back what was
 // made so far, the extent is kept as a parked one and the charge with it.
 Status VirtualMemoryPool::try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh) {
+    Observed observed(EventKind::growth, options_.name);
     auto physical = PhysicalExtent::try_create(driver_, range.size());
     if (!physical.ok()) {
         if (budget_) budget_->refund(range.size());
@@ -107,6 +114,9 @@ Status VirtualMemoryPool::try_make_extent(ByteRange range, bool zero, std::vecto
     }
     if (zero || fresh_is_zero) extent.clean = range;
     fresh.push_back(std::move(extent));
+    Bytes physical_bytes = table_.totals().physical;
+    for (const Extent& each : fresh) physical_bytes += each.range.size();
+    observed.done(range.size(), physical_bytes);
     return status;
 }
 

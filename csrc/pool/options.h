@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <optional>
+#include <string>
 
 #include "driver/vmm_driver.h"
 
@@ -21,9 +22,14 @@ struct PoolOptions {
     // Open-ended growth maps ahead by this share of what the growing thing then holds, so it overshoots by at most as
     // much.
     double growth_share = 0.125;
+    // In events and messages; none is needed.
+    std::string name{};
     // New extents are zeroed, as the device may hand out what another owner wrote.
     bool scrub_fresh = false;
 };
+
+class Grant;
+struct WaitOptions;
 
 struct AllocateOptions {
     bool zero = false;  // the bytes read as zeros to work on `stream`
@@ -33,6 +39,9 @@ struct AllocateOptions {
     Bytes held = 0;
     Bytes grow_end = 0;
     Bytes largest_extent = 0;  // what is new comes in extents up to this size, whole pages; 0: one extent a gap
+    // Where memory is short, wait in line for it; null: don't. It lives until the call returns.
+    const WaitOptions* wait = nullptr;
+    Grant* grant = nullptr;  // paid from before the budget is charged
 };
 
 // Held by a scheduler that may still launch work on released memory. Fences are recorded only once it is open.

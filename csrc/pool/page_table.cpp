@@ -1,11 +1,17 @@
 #include "pool/page_table.h"
 
 #include <algorithm>
+#include <atomic>
 #include <iterator>
 #include <string>
 #include <utility>
 
 namespace elastikv {
+namespace {
+
+std::atomic<IdleTime> idle_clock{0};  // of all pools
+
+}  // namespace
 
 PageTable::Extents::iterator PageTable::first_at(Bytes offset) {
     auto it = extents_.upper_bound(offset);
@@ -97,7 +103,7 @@ void PageTable::subtract_totals(const Extent& extent) {
 void PageTable::refresh_parking(Extent& extent) {
     if (extent.idle() == (extent.idle_since != 0)) return;
     if (extent.idle()) {
-        extent.idle_since = ++idle_clock_;
+        extent.idle_since = idle_clock.fetch_add(1, std::memory_order_relaxed) + 1;
         parked_.emplace(extent.idle_since, extent.range.begin);
     } else {
         parked_.erase(extent.idle_since);

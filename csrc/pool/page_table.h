@@ -14,6 +14,10 @@
 
 namespace elastikv {
 
+// A count that grows whenever an extent of any pool falls idle, so that pools can be compared.
+using IdleTime = std::uint64_t;
+inline constexpr IdleTime any_time = ~IdleTime{0};
+
 struct Extent {
     ByteRange range;  // offsets in the pool, whole pages
     std::unique_ptr<Mapping> mapping;
@@ -26,7 +30,7 @@ struct Extent {
     // Kept by PageTable:
     Bytes used = 0;
     Bytes retiring = 0;
-    std::uint64_t idle_since = 0;  // a count that grows; 0 while any page is used or retiring
+    IdleTime idle_since = 0;  // 0 while any page is used or retiring
 
     bool idle() const { return used == 0 && retiring == 0; }
 };
@@ -82,7 +86,7 @@ class PageTable {
     }
 
     // Idle extents, oldest first, by their begin.
-    const std::map<std::uint64_t, Bytes>& parked() const { return parked_; }
+    const std::map<IdleTime, Bytes>& parked() const { return parked_; }
     const PageTotals& totals() const { return totals_; }
     std::size_t extent_count() const { return extents_.size(); }
     Bytes page_size() const { return page_size_; }
@@ -120,8 +124,7 @@ class PageTable {
     Extents extents_;  // by begin
     IntervalSet live_;
     RetiringRuns retiring_;  // disjoint from live_ and from each other
-    std::map<std::uint64_t, Bytes> parked_;
-    std::uint64_t idle_clock_ = 0;
+    std::map<IdleTime, Bytes> parked_;
     PageTotals totals_;
 };
 

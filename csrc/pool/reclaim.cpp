@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/events.h"
 #include "pool/virtual_memory_pool.h"
 
 namespace elastikv {
@@ -45,13 +46,19 @@ void VirtualMemoryPool::settle_passed(bool on_worker) {
     }
 }
 
-bool VirtualMemoryPool::over_park_limit() const { return table_.totals().parked - table_.totals().ahead > park_limit_; }
+// While someone waits for memory nothing is parked.
+Bytes VirtualMemoryPool::park_limit() const { return budget_ && budget_->in_demand() ? 0 : park_limit_; }
 
-Bytes VirtualMemoryPool::give_back_parked(Bytes wanted) {
+bool VirtualMemoryPool::over_park_limit() const {
+    return table_.totals().parked - table_.totals().ahead > park_limit();
+}
+
+Bytes VirtualMemoryPool::give_back_parked(Bytes wanted, IdleTime idle_until) {
     Bytes freed = 0;
     std::vector<Bytes> oldest_first;
     for (const bool ahead : {false, true}) {  // what was mapped ahead is about to be wanted, so it goes last
         for (const auto& [since, begin] : table_.parked()) {
+            if (since > idle_until) break;
             if (table_.find(begin)->ahead == ahead) oldest_first.push_back(begin);
         }
     }
@@ -76,6 +83,7 @@ Bytes VirtualMemoryPool::give_back_excess() {
 Bytes VirtualMemoryPool::try_give_back(Extent& extent) noexcept {
     if (extent.zeroing && !extent.zeroing->has_passed()) return 0;
     const Bytes size = extent.range.size();
+    Observed observed(EventKind::reclaim, options_.name);
     Status status = extent.mapping->try_unmap();
     if (status.ok()) status = extent.mapping->extent().try_release();
     if (!status.ok()) {
@@ -84,6 +92,7 @@ Bytes VirtualMemoryPool::try_give_back(Extent& extent) noexcept {
     }
     table_.take(extent.range.begin);
     if (budget_) budget_->refund(size);
+    observed.done(size, table_.totals().physical);
     return size;
 }
 
@@ -106,10 +115,12 @@ bool VirtualMemoryPool::try_give_up(Extent extent) noexcept {
 void VirtualMemoryPool::discard(Extent extent) noexcept {
     extent.clean = {};
     extent.zeroing.reset();
+    Observed observed(EventKind::reclaim, options_.name);
     Status status = extent.mapping->try_unmap();
     if (status.ok()) status = extent.mapping->extent().try_release();
     if (status.ok()) {
         if (budget_) budget_->refund(extent.range.size());
+        observed.done(extent.range.size(), table_.totals().physical);
         return;
     }
     ++reclaims_refused_;
@@ -119,7 +130,7 @@ void VirtualMemoryPool::discard(Extent extent) noexcept {
 
 Bytes VirtualMemoryPool::trim(Bytes wanted) { return reclaim(wanted, false); }
 
-Bytes VirtualMemoryPool::reclaim(Bytes wanted, bool wait) {
+Bytes VirtualMemoryPool::reclaim(Bytes wanted, bool wait, IdleTime idle_until) {
     process_.require_same_process();
     std::unique_lock lock(mutex_);
     require_open();
@@ -134,7 +145,14 @@ Bytes VirtualMemoryPool::reclaim(Bytes wanted, bool wait) {
     const Bytes before = table_.totals().physical;
     settle_passed();
     const Bytes settled = before - table_.totals().physical;  // the host gives back as it settles
-    return settled >= wanted ? settled : settled + give_back_parked(wanted - settled);
+    return settled >= wanted ? settled : settled + give_back_parked(wanted - settled, idle_until);
+}
+
+std::optional<IdleTime> VirtualMemoryPool::oldest_parked() const {
+    process_.require_same_process();
+    const std::lock_guard lock(mutex_);
+    if (table_.parked().empty()) return std::nullopt;
+    return table_.parked().begin()->first;
 }
 
 void VirtualMemoryPool::drain() {

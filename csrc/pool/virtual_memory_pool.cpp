@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/events.h"
+
 namespace elastikv {
 namespace {
 
@@ -79,11 +81,35 @@ Address VirtualMemoryPool::allocate(Bytes offset, Bytes size, const AllocateOpti
         const Bytes lacking = try_claim(offset, size, options);
         if (lacking == 0) return base_address() + offset;
         if (make_room(lacking, false) > 0) continue;
-        if (waited) throw out_of_memory(lacking);
+        if (waited) {
+            if (options.wait == nullptr || !budget_) throw out_of_memory(lacking);
+            return allocate_in_line(offset, size, options, lacking);
+        }
         // Tried again whatever that freed: the worker or another thread may have given memory back meanwhile.
         waited = true;
         make_room(lacking, true);
     }
+}
+
+// All that is missing is asked for at once: what a first attempt had charged in part went back when it failed.
+Address VirtualMemoryPool::allocate_in_line(Bytes offset, Bytes size, AllocateOptions options, Bytes lacking) {
+    for (;;) {
+        std::optional<Grant> grant = budget_->wait_for_room(std::max(lacking, missing(offset, size)), *options.wait);
+        if (!grant) throw out_of_memory(lacking);
+        options.grant = &*grant;
+        lacking = try_claim(offset, size, options);
+        if (lacking == 0) return base_address() + offset;
+        // It is charged, so it is the device that lacks it, or another thread has used up what was idle here.
+        if (make_room(lacking, true) == 0) throw out_of_memory(lacking);
+    }
+}
+
+Bytes VirtualMemoryPool::missing(Bytes offset, Bytes size) const {
+    const ByteRange bytes = checked_range(offset, size);
+    const std::lock_guard lock(mutex_);
+    Bytes sum = 0;
+    for (const ByteRange& gap : table_.gaps(table_.pages_of(bytes))) sum += gap.size();
+    return sum;
 }
 
 Bytes VirtualMemoryPool::try_claim(Bytes offset, Bytes size, const AllocateOptions& options) {
@@ -101,6 +127,8 @@ Bytes VirtualMemoryPool::make_room(Bytes lacking, bool wait) {
 OutOfPhysicalMemory VirtualMemoryPool::out_of_memory(Bytes lacking) const {
     MemoryInfo device;
     (void)driver_->memory_info(device);
+    if (budget_) budget_->note_refusal();
+    Observed(EventKind::out_of_memory, options_.name).done(lacking, physical_memory_usage());
     const Bytes available = budget_ ? std::min(budget_->available(), device.free) : device.free;
     return {lacking, available, budget_ ? budget_->describe_holders() : ""};
 }
@@ -218,6 +246,8 @@ MemoryStats VirtualMemoryPool::stats() const {
     stats.prefetches_done = prefetches_done_;
     stats.prefetches_dropped = prefetches_dropped_;
     stats.reclaims_refused = reclaims_refused_;
+    stats.created = driver_->created();
+    stats.released = driver_->released();
     stats.abandoned = driver_->abandoned();
     stats.driver_calls = driver_->table();
     return stats;

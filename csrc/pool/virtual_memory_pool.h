@@ -54,7 +54,7 @@ class VirtualMemoryPool {
 
     // Makes [offset, offset + size) resident and returns its address.
     // Throws InvalidSize (0), InvalidOffset, AlreadyMapped, OutOfPhysicalMemory, MappingFailed, CudaError, PoolClosed,
-    // and InvalidArgument for memory whose release waits for a gate or a capture: see blocked_until().
+    // WaitCancelled, and InvalidArgument for memory whose release waits for a gate or a capture: see blocked_until().
     Address allocate(Bytes offset, Bytes size, const AllocateOptions& options = {});
     // The same without making room: returns the bytes that were lacking, 0 where it succeeded. For a caller whose own
     // locks must not be held while room is made. Throws as allocate, but for OutOfPhysicalMemory.
@@ -87,8 +87,11 @@ class VirtualMemoryPool {
 
     // Gives parked memory back at once, at least `wanted` bytes if there are as many. Returns the bytes freed.
     Bytes trim(Bytes wanted = ~Bytes{0});
-    // As trim, after device work on retiring memory, and scrubbing, have finished.
-    Bytes reclaim(Bytes wanted, bool wait);
+    // As trim, with `wait` after device work on retiring memory, and scrubbing, have finished. Only what has been idle
+    // since `idle_until` or longer.
+    Bytes reclaim(Bytes wanted, bool wait, IdleTime idle_until = any_time);
+    // Since when the oldest parked extent has been idle; nothing where none is parked.
+    std::optional<IdleTime> oldest_parked() const;
     // Gives back parked extents, then re-tiles extents that are partly idle: their live pages move to extents of their
     // own size beneath the same addresses. Waits for the device; no work may be enqueued on the pool's memory
     // meanwhile. Needs room in the budget for the copy of one extent. Returns the bytes freed. Extents that can't be
@@ -141,6 +144,9 @@ class VirtualMemoryPool {
     // success.
     Bytes try_allocate(ByteRange bytes, const AllocateOptions& options);
     Bytes try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh);
+    bool try_charge(Bytes bytes, Grant* grant) noexcept;
+    Bytes missing(Bytes offset, Bytes size) const;
+    Address allocate_in_line(Bytes offset, Bytes size, AllocateOptions options, Bytes lacking);
     Bytes open_ended_end(ByteRange gap, const AllocateOptions& options) const;
     Status try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh);
     void prepare_kept_extents(ByteRange bytes, const AllocateOptions& options, bool& zeroed,
@@ -154,7 +160,8 @@ class VirtualMemoryPool {
     void retire(std::vector<ByteRange> parts, std::span<const Stream> streams, std::shared_ptr<ReleaseGate> gate);
     void settle_passed(bool on_worker = false);
     bool over_park_limit() const;
-    Bytes give_back_parked(Bytes wanted);
+    Bytes park_limit() const;
+    Bytes give_back_parked(Bytes wanted, IdleTime idle_until = any_time);
     Bytes give_back_excess();
     Bytes try_give_back(Extent& extent) noexcept;
     bool try_give_up(Extent extent) noexcept;

@@ -6,9 +6,22 @@
 namespace elastikv {
 
 Model::Model(std::string name, Bytes virtual_capacity, const DriverPtr& driver, const PoolOptions& options,
-             const std::shared_ptr<PhysicalBudget>& budget)
-    : name_(std::move(name)), pool_(std::make_shared<VirtualMemoryPool>(virtual_capacity, driver, options, budget)) {
+             AccountPtr account)
+    : name_(std::move(name)),
+      account_(std::move(account)),
+      pool_(std::make_shared<VirtualMemoryPool>(virtual_capacity, driver, options, account_)) {
+    account_->attach(pool_);
     free_.add({0, pool_->capacity()});
+}
+
+void Model::set_quota(const QuotaChange& change) {
+    require_registered();
+    account_->set_quota(change);
+}
+
+QuotaStats Model::quota() const {
+    process_.require_same_process();
+    return account_->quota();
 }
 
 Address Model::allocate(Bytes size, AllocateOptions options) {
@@ -77,6 +90,8 @@ void Model::unregister() {
         registered_ = true;
         throw;
     }
+    account_->set_quota(
+        {.reserve = 0, .limit = std::nullopt, .priority = std::nullopt});  // nothing is asked of it any more
     const std::lock_guard lock(mutex_);
     for (const ByteRange& part : parts) allocated_.remove(part);
 }

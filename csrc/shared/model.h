@@ -6,7 +6,7 @@
 #include <string>
 
 #include "pool/virtual_memory_pool.h"
-#include "shared/physical_budget.h"
+#include "shared/account.h"
 
 namespace elastikv {
 
@@ -17,17 +17,24 @@ class Region;
 class Model : public std::enable_shared_from_this<Model> {
   public:
     Model(std::string name, Bytes virtual_capacity, const DriverPtr& driver, const PoolOptions& options,
-          const std::shared_ptr<PhysicalBudget>& budget);
+          AccountPtr account);
 
     const std::string& name() const { return name_; }
     Address base_address() const { return pool_->base_address(); }
     VirtualMemoryPool& pool() { return *pool_; }
     const std::shared_ptr<VirtualMemoryPool>& shared_pool() const { return pool_; }
+    const AccountPtr& account() const { return account_; }
     MemoryStats stats() const { return pool_->stats(); }
 
-    // Makes `size` bytes resident at a free place, which starts on a page, and returns their address.
-    // Throws InvalidSize, OutOfVirtualMemory, OutOfPhysicalMemory, MappingFailed, CudaError, ModelNotFound once
+    // All of it or nothing; may be changed at any time. A limit below what is charged takes effect as memory is freed,
+    // a reserve above what is free likewise. Throws InvalidArgument, with the arithmetic; ModelNotFound once
     // unregistered.
+    void set_quota(const QuotaChange& change);
+    QuotaStats quota() const;
+
+    // Makes `size` bytes resident at a free place, which starts on a page, and returns their address.
+    // Throws InvalidSize, OutOfVirtualMemory, OutOfPhysicalMemory, WaitCancelled, MappingFailed, CudaError,
+    // ModelNotFound once unregistered.
     Address allocate(Bytes size, AllocateOptions options = {});
     // Frees what allocate() gave, or a part of it; offsets count from base_address().
     // Throws InvalidSize, InvalidOffset, NotMapped (a region's memory counts as not allocated here), CudaError.
@@ -37,7 +44,8 @@ class Model : public std::enable_shared_from_this<Model> {
     // Reserves `size` bytes of addresses, rounded up to pages, for one owner; nothing is resident yet.
     std::unique_ptr<Region> reserve(Bytes size);
 
-    // Frees what allocate() gave out, and refuses new allocations and growth. Regions keep what they have.
+    // Frees what allocate() gave out, ends the reserve, and refuses new allocations and growth. Regions keep what they
+    // have.
     void unregister();
     bool registered() const;
 
@@ -50,6 +58,7 @@ class Model : public std::enable_shared_from_this<Model> {
 
     const ProcessGuard process_;
     const std::string name_;
+    const AccountPtr account_;
     const std::shared_ptr<VirtualMemoryPool> pool_;
     mutable std::mutex mutex_;
     IntervalSet free_;       // addresses that nobody holds, whole pages

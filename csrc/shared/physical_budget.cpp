@@ -1,86 +1,86 @@
 #include "shared/physical_budget.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace elastikv {
 
-bool PhysicalBudget::try_charge(Bytes bytes) noexcept {
-    Bytes charged = charged_.load(std::memory_order_relaxed);
-    do {
-        if (bytes > limit_ - charged) return false;
-    } while (!charged_.compare_exchange_weak(charged, charged + bytes, std::memory_order_acq_rel));
-    Bytes peak = peak_.load(std::memory_order_relaxed);
-    while (peak < charged + bytes && !peak_.compare_exchange_weak(peak, charged + bytes, std::memory_order_relaxed)) {
-    }
-    return true;
+std::shared_ptr<PhysicalBudget> PhysicalBudget::join(const std::string& name, Bytes limit, DeviceKind kind) {
+    const std::shared_ptr<PhysicalBudget> made(new PhysicalBudget);
+    // Not a weak pointer: the membership ends, and its thread with it, before anything else of this does.
+    made->membership_ = std::make_unique<LedgerMembership>(
+        name, limit, kind, [self = made.get()](const LedgerRequest& request) { self->serve(request); });
+    made->ledger_ = made->membership_->ledger();
+    return made;
 }
 
-void PhysicalBudget::refund(Bytes bytes) noexcept { charged_.fetch_sub(bytes, std::memory_order_acq_rel); }
-
-Bytes PhysicalBudget::make_room(Bytes wanted, bool wait) {
-    Bytes freed = reclaim_from_pools(wanted, wait);
-    if (freed >= wanted) return freed;
-    std::vector<std::shared_ptr<IdleHolder>> holders;
-    {
-        const std::lock_guard lock(mutex_);
-        std::erase_if(idle_holders_, [](const auto& holder) { return holder.expired(); });
-        for (const auto& held : idle_holders_) {
-            if (auto holder = held.lock()) holders.push_back(std::move(holder));
-        }
-    }
-    Bytes released = 0;
-    for (const auto& holder : holders) {
-        if (freed + released >= wanted) break;
-        released += holder->release_idle(wanted - freed - released);
-    }
-    if (released > 0) freed += reclaim_from_pools(wanted - freed, wait);
-    return freed;
+PhysicalBudget::~PhysicalBudget() {
+    if (!membership_) return;
+    // Extents that the driver never took back stay charged, and so the process's entry stays, until the process ends.
+    if (!process_.forked() && ledger_->charged_of(membership_->index()) > 0) (void)membership_.release();
+    membership_.reset();
 }
 
-void PhysicalBudget::add_idle_holder(const std::weak_ptr<IdleHolder>& holder) {
+AccountPtr PhysicalBudget::open(const std::string& name, const Quota& quota) {
+    const Ledger::ClientId id = ledger_->open_client(name, quota, membership_ ? membership_->index() : 0);
+    AccountPtr account;
+    try {
+        account = std::make_shared<Account>(shared_from_this(), id, name);
+    } catch (...) {
+        ledger_->close_client(id);
+        throw;
+    }
     const std::lock_guard lock(mutex_);
-    idle_holders_.push_back(holder);
+    accounts_.push_back(account);
+    return account;
 }
 
-Bytes PhysicalBudget::reclaim_from_pools(Bytes wanted, bool wait) {
+std::vector<AccountPtr> PhysicalBudget::accounts() const {
+    std::vector<AccountPtr> alive;
+    const std::lock_guard lock(mutex_);
+    std::erase_if(accounts_, [](const auto& each) { return each.expired(); });
+    for (const auto& each : accounts_) {
+        if (auto account = each.lock()) alive.push_back(std::move(account));
+    }
+    return alive;
+}
+
+Bytes PhysicalBudget::trim() {
     Bytes freed = 0;
-    for (const auto& [name, pool] : living()) {
-        if (freed >= wanted) break;
-        try {
-            freed += pool->reclaim(wanted - freed, wait);
-        } catch (const PoolClosed&) {
-            // Closed since it was looked up: its memory is on its way back.
-        }
+    for (const AccountPtr& account : accounts()) {
+        freed += account->reclaim(~Bytes{0}, false);
+        Bytes released = 0;
+        for (const auto& holder : account->idle_holders()) released += holder->release_idle(~Bytes{0});
+        if (released > 0) freed += account->reclaim(~Bytes{0}, false);
     }
     return freed;
 }
 
 std::string PhysicalBudget::describe_holders() const {
-    std::string text = format_bytes(charged()) + " of the limit of " + format_bytes(limit_) + " are held";
+    const LedgerTotals totals = ledger_->totals();
+    std::string text = format_bytes(totals.charged) + " of the limit of " + format_bytes(totals.limit) + " are held";
     const char* before = ": ";
-    for_each_pool([&](const std::string& name, const VirtualMemoryPool& pool) {
-        const MemoryStats stats = pool.stats();
-        text += before + ("'" + name + "' " + format_bytes(stats.physical_usage)) + " (used " +
-                format_bytes(stats.used) + ", retiring " + format_bytes(stats.retiring) + ", parked " +
-                format_bytes(stats.parked) + ", stranded " + format_bytes(stats.stranded) + ")";
+    for (const AccountPtr& account : accounts()) {
+        const auto pool = account->pool();
+        const QuotaStats quota = account->quota();
+        text += before + ("'" + account->name() + "' " + format_bytes(quota.charged));
         before = "; ";
-    });
-    return text + ". Free or shrink tensors, compact() what is stranded, or raise physical_limit";
-}
-
-void PhysicalBudget::add(const std::string& name, const std::shared_ptr<VirtualMemoryPool>& pool) {
-    const std::lock_guard lock(mutex_);
-    members_.push_back({name, pool});
-}
-
-std::vector<std::pair<std::string, std::shared_ptr<VirtualMemoryPool>>> PhysicalBudget::living() const {
-    std::vector<std::pair<std::string, std::shared_ptr<VirtualMemoryPool>>> alive;
-    const std::lock_guard lock(mutex_);
-    std::erase_if(members_, [](const Member& member) { return member.pool.expired(); });
-    for (const Member& member : members_) {
-        if (auto pool = member.pool.lock()) alive.emplace_back(member.name, std::move(pool));
+        if (pool) {
+            const MemoryStats stats = pool->stats();
+            text += " (used " + format_bytes(stats.used) + ", retiring " + format_bytes(stats.retiring) + ", parked " +
+                    format_bytes(stats.parked) + ", stranded " + format_bytes(stats.stranded) + ")";
+        }
+        if (quota.reserve > 0) text += ", of a reserve of " + format_bytes(quota.reserve);
+        if (quota.limit < totals.limit) text += ", with a limit of " + format_bytes(quota.limit);
     }
-    return alive;
+    if (membership_) {
+        for (const Ledger::Pressable& other : ledger_->others_with_excess(membership_->index(), std::nullopt)) {
+            text += before + ledger_->describe_member(other.member);
+            before = "; ";
+        }
+    }
+    if (totals.waiters > 0) text += "; " + std::to_string(totals.waiters) + " wait for memory before it";
+    return text + ". Free or shrink tensors, compact() what is stranded, or raise physical_limit";
 }
 
 }  // namespace elastikv

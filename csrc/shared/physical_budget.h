@@ -1,59 +1,61 @@
-// One limit of physical bytes for the pools of several models.
+// One limit of physical bytes for several clients, and how room is made under it.
 #pragma once
 
-#include <atomic>
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
-#include "pool/budget.h"
-#include "pool/virtual_memory_pool.h"
+#include "shared/account.h"
+#include "shared/ledger.h"
+#include "shared/ledger_membership.h"
 
 namespace elastikv {
 
-// Thread safe. Charges are one atomic, so that a charge never waits; the list of pools has a mutex, which is never held
-// while a pool is called.
-class PhysicalBudget final : public Budget {
+// Thread safe. A mutex guards the list of accounts and is never held while one of them, or a pool, is called.
+class PhysicalBudget : public std::enable_shared_from_this<PhysicalBudget> {
   public:
-    explicit PhysicalBudget(Bytes limit) : limit_(limit) {}
+    explicit PhysicalBudget(Bytes limit) : ledger_(Ledger::in_private_memory(limit)) {}
+    // The limit of a ledger that other processes draw on too. Errors are LedgerMembership's.
+    static std::shared_ptr<PhysicalBudget> join(const std::string& name, Bytes limit, DeviceKind kind);
+    ~PhysicalBudget();
 
-    bool try_charge(Bytes bytes) noexcept override;
-    void refund(Bytes bytes) noexcept override;
-    Bytes available() const noexcept override { return limit_ - charged(); }
-    // Takes parked memory of one pool after the other, in order of registration, the asking one included; then what
-    // others hold idle above the pools.
-    Bytes make_room(Bytes wanted, bool wait) override;
-    void add_idle_holder(const std::weak_ptr<IdleHolder>& holder) override;
-    std::string describe_holders() const override;
+    // A new client; the budget knows it while it lives. Throws InvalidArgument: the quota does not fit.
+    AccountPtr open(const std::string& name, const Quota& quota = {});
 
-    // A pool that draws on this budget; it is forgotten when it dies.
-    void add(const std::string& name, const std::shared_ptr<VirtualMemoryPool>& pool);
+    // Makes room for `wanted` bytes of `asker`, in this order, each step only as far as needed:
+    //   1. its own parked memory;
+    //   2. parked memory of others beyond their reserves, what has been idle longest first;
+    //   3. what IdleHolders keep, by their order, its own and that of others beyond their reserves;
+    //   4. the same of other processes, those that hold most beyond their reserves first;
+    //   5. with `wait`, memory that retires, after waiting for the device; then pressure callbacks of others with lower
+    //      priority, lowest first, and then those in other processes.
+    // Where its own limit is in the way, only its own memory helps. Called with no lock held. Returns the bytes freed.
+    Bytes make_room(Account& asker, Bytes wanted, bool wait, std::chrono::steady_clock::time_point until);
+    // Gives all parked memory, and what IdleHolders keep, back. Returns the bytes freed.
+    Bytes trim();
+    std::string describe_holders() const;
 
-    Bytes limit() const noexcept { return limit_; }
-    Bytes charged() const noexcept { return charged_.load(std::memory_order_acquire); }
-    Bytes peak() const noexcept { return peak_.load(std::memory_order_relaxed); }
+    Bytes limit() const noexcept { return ledger_->totals().limit; }
+    Bytes charged() const noexcept { return ledger_->totals().charged; }
+    Bytes peak() const noexcept { return ledger_->totals().peak; }
+    LedgerTotals totals() const noexcept { return ledger_->totals(); }
+    const std::shared_ptr<Ledger>& ledger() const noexcept { return ledger_; }
 
-    // Calls visit(name, pool) for each pool that is alive, without holding a lock.
-    template <typename Visit>
-    void for_each_pool(Visit visit) const {
-        for (const auto& [name, pool] : living()) visit(name, *pool);
-    }
+    // Those that are alive, in the order of their opening.
+    std::vector<AccountPtr> accounts() const;
 
   private:
-    Bytes reclaim_from_pools(Bytes wanted, bool wait);
-    struct Member {
-        std::string name;
-        std::weak_ptr<VirtualMemoryPool> pool;
-    };
-    std::vector<std::pair<std::string, std::shared_ptr<VirtualMemoryPool>>> living() const;
+    PhysicalBudget() = default;
+    void serve(const LedgerRequest& request) noexcept;
+    Bytes ask_others(Account& asker, Bytes wanted, std::uint32_t what, std::chrono::steady_clock::time_point until);
 
-    const Bytes limit_;
-    std::atomic<Bytes> charged_{0};
-    std::atomic<Bytes> peak_{0};
+    const ProcessGuard process_;
+    std::shared_ptr<Ledger> ledger_;
     mutable std::mutex mutex_;
-    mutable std::vector<Member> members_;
-    std::vector<std::weak_ptr<IdleHolder>> idle_holders_;
+    mutable std::vector<std::weak_ptr<Account>> accounts_;
+    std::unique_ptr<LedgerMembership> membership_;  // null for a ledger of this process alone
 };
 
 }  // namespace elastikv

@@ -4,27 +4,29 @@
 
 namespace elastikv {
 
-SharedMemoryPool::SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options)
-    : driver_(std::move(driver)), options_(options), budget_(std::make_shared<PhysicalBudget>(physical_limit)) {
+SharedMemoryPool::SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options, std::string name)
+    : driver_(std::move(driver)), options_(options), name_(std::move(name)) {
     options_.page_size = checked_page_size(options_.page_size, driver_->capabilities().granularity);
     if (physical_limit < options_.page_size) {
         throw InvalidArgument("physical_limit " + std::to_string(physical_limit) + " is below one page, which is " +
                               format_bytes(options_.page_size));
     }
+    budget_ = name_.empty() ? std::make_shared<PhysicalBudget>(physical_limit)
+                            : PhysicalBudget::join(name_, physical_limit, driver_->capabilities().kind);
     options_.scrub_fresh = true;  // what the device hands out may be another model's
 }
 
 ModelPtr SharedMemoryPool::register_model(const std::string& id, Bytes virtual_capacity,
-                                          std::optional<Bytes> park_limit) {
+                                          std::optional<Bytes> park_limit, const Quota& quota) {
     if (id.empty()) throw InvalidArgument("a model's id must not be empty");
     process_.require_same_process();
     const std::lock_guard lock(mutex_);
     if (closed_) throw PoolClosed("the shared pool is closed");
     if (models_.count(id) != 0) throw ModelAlreadyExists(id);
     PoolOptions options = options_;
+    options.name = id;
     if (park_limit) options.park_limit = park_limit;
-    auto model = std::make_shared<Model>(id, virtual_capacity, driver_, options, budget_);
-    budget_->add(id, model->shared_pool());
+    auto model = std::make_shared<Model>(id, virtual_capacity, driver_, options, budget_->open(id, quota));
     models_.emplace(id, model);
     return model;
 }
@@ -77,18 +79,32 @@ std::optional<MemoryStats> SharedMemoryPool::get_model_stats(const std::string& 
 GlobalMemoryStats SharedMemoryPool::global_stats() const {
     process_.require_same_process();
     GlobalMemoryStats stats;
-    stats.physical_limit = budget_->limit();
-    stats.physical_usage = budget_->charged();
-    stats.available = stats.physical_limit - stats.physical_usage;
-    stats.peak_physical = budget_->peak();
-    budget_->for_each_pool([&](const std::string&, const VirtualMemoryPool& pool) {
-        const MemoryStats each = pool.stats();
+    const LedgerTotals totals = budget_->totals();
+    stats.physical_limit = totals.limit;
+    stats.physical_usage = totals.charged;
+    stats.available = totals.limit > totals.charged ? totals.limit - totals.charged : 0;
+    stats.peak_physical = totals.peak;
+    stats.reserved = totals.reserved;
+    stats.committed = totals.committed;
+    for (const AccountPtr& account : budget_->accounts()) {
+        const auto pool = account->pool();
+        if (!pool) continue;
+        const MemoryStats each = pool->stats();
         stats.parked += each.parked;
         stats.retiring += each.retiring;
-    });
+    }
     const std::lock_guard lock(mutex_);
     stats.num_models = models_.size();
     return stats;
+}
+
+std::vector<ModelMemory> SharedMemoryPool::snapshot() const {
+    process_.require_same_process();
+    std::vector<ModelMemory> models;
+    for (const AccountPtr& account : budget_->accounts()) {
+        if (const auto pool = account->pool()) models.push_back({account->name(), pool->stats(), account->quota()});
+    }
+    return models;
 }
 
 std::vector<std::string> SharedMemoryPool::models() const {
@@ -99,9 +115,35 @@ std::vector<std::string> SharedMemoryPool::models() const {
     return names;
 }
 
+std::map<std::string, QuotaStats> SharedMemoryPool::quotas() const {
+    process_.require_same_process();
+    std::map<std::string, QuotaStats> found;
+    const std::lock_guard lock(mutex_);
+    for (const auto& [id, model] : models_) found.emplace(id, model->quota());
+    return found;
+}
+
 Bytes SharedMemoryPool::trim() {
     process_.require_same_process();
-    return budget_->make_room(~Bytes{0}, false);
+    return budget_->trim();
+}
+
+void SharedMemoryPool::allow_peer(int device) {
+    process_.require_same_process();
+    // The driver first: what is mapped from here on is open to the peer, whoever maps it.
+    const Status allowed = driver_->allow_peer(device);
+    if (!allowed.ok()) {
+        throw CudaError(allowed, "allowing device " + std::to_string(device) + " to use the memory of " +
+                                     device_name(driver_->capabilities()));
+    }
+    for (const AccountPtr& account : budget_->accounts()) {
+        const auto pool = account->pool();
+        if (!pool) continue;
+        try {
+            pool->allow_peer(device);
+        } catch (const PoolClosed&) {  // NOLINT(bugprone-empty-catch): its memory is on its way back
+        }
+    }
 }
 
 void SharedMemoryPool::close() {

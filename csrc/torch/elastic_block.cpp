@@ -44,9 +44,16 @@ std::vector<Stream> ElasticBlock::users() const {
     return streams;
 }
 
-void ElasticBlock::grow(std::uint64_t length, bool exact) {
+void ElasticBlock::grow(std::uint64_t length, bool exact, const WaitOptions* wait) {
     const std::lock_guard lock(mutex_);
+    require_none_staged();
     if (length <= length_) return;
+    claim_rows(length, exact, wait);
+    length_ = length;
+}
+
+// All rows or none; length_ is the caller's to change.
+void ElasticBlock::claim_rows(std::uint64_t length, bool exact, const WaitOptions* wait) {
     const Bytes begin = length_ * layout_.unit;
     const Bytes end = length * layout_.unit;
     AllocateOptions options;
@@ -54,6 +61,7 @@ void ElasticBlock::grow(std::uint64_t length, bool exact) {
     options.stream = current_stream(model()->pool().device());
     options.open_ended = !exact;
     options.held = begin;
+    options.wait = wait;
     for (std::uint64_t row = 0; row < layout_.rows; ++row) {
         options.grow_end = layout_.row_offset(row) + layout_.max_length * layout_.unit;
         try {
@@ -64,13 +72,43 @@ void ElasticBlock::grow(std::uint64_t length, bool exact) {
             throw;
         }
     }
-    length_ = length;
     // Whoever grows it uses it there, and may drop it under another stream.
     add_stream(options.stream);
 }
 
+void ElasticBlock::stage(std::uint64_t length) {
+    const std::lock_guard lock(mutex_);
+    require_none_staged();
+    if (length > length_) claim_rows(length, /*exact=*/true, /*wait=*/nullptr);
+    staged_ = std::max(length, length_);
+}
+
+void ElasticBlock::commit_staged() noexcept {
+    const std::lock_guard lock(mutex_);
+    length_ = staged_.value_or(length_);
+    staged_.reset();
+}
+
+void ElasticBlock::drop_staged() noexcept {
+    const std::lock_guard lock(mutex_);
+    const std::uint64_t end = staged_.value_or(length_);
+    staged_.reset();
+    if (end == length_) return;
+    try {
+        region_->release(row_parts(layout_.rows, length_ * layout_.unit, end * layout_.unit), {});
+    } catch (...) {  // NOLINT(bugprone-empty-catch): a closed pool has taken it back; the rest goes with the region
+    }
+}
+
+void ElasticBlock::require_none_staged() const {
+    if (!staged_) return;
+    throw InvalidArgument("a growth of the tensor to length " + std::to_string(*staged_) +
+                          " is under way in its group of ranks; it can change once that is decided");
+}
+
 void ElasticBlock::shrink(std::uint64_t length) {
     const std::lock_guard lock(mutex_);
+    require_none_staged();
     if (length >= length_) return;
     region_->release(row_parts(layout_.rows, length * layout_.unit, length_ * layout_.unit), users());
     length_ = length;

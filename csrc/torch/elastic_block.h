@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "shared/model.h"
@@ -50,8 +51,15 @@ class ElasticBlock {
     Bytes resident_bytes() const { return length() * layout_.unit * layout_.rows; }
 
     // All rows or none. Growing to a length that is resident already does nothing.
-    // `exact`: maps no further than `length`. Errors are VirtualMemoryPool::allocate's.
-    void grow(std::uint64_t length, bool exact);
+    // `exact`: maps no further than `length`. `wait`: in line, where memory is short. Errors are
+    // VirtualMemoryPool::allocate's.
+    void grow(std::uint64_t length, bool exact, const WaitOptions* wait = nullptr);
+    // grow() in two halves. Memory up to `length` is made resident, exactly, while the length stays as it is; then it
+    // counts, or goes back. Meanwhile grow, shrink and stage throw InvalidArgument. A length that is resident already
+    // is staged at no cost.
+    void stage(std::uint64_t length);
+    void commit_staged() noexcept;
+    void drop_staged() noexcept;
     // Gives back what lies beyond `length` in every row, or in none. Throws CudaError.
     void shrink(std::uint64_t length);
     // Maps pages up to `length` in the background.
@@ -65,6 +73,8 @@ class ElasticBlock {
     static ElasticBlock* from(const c10::DataPtr& data);
 
   private:
+    void claim_rows(std::uint64_t length, bool exact, const WaitOptions* wait);
+    void require_none_staged() const;
     std::vector<Stream> users() const;
     void add_stream(Stream stream);
     std::vector<ByteRange> row_parts(std::uint64_t rows, Bytes begin, Bytes end) const;
@@ -75,6 +85,7 @@ class ElasticBlock {
     const bool scrub_;
     mutable std::mutex mutex_;
     std::uint64_t length_ = 0;
+    std::optional<std::uint64_t> staged_;  // the length that memory is held for, where that is beyond length_
     std::vector<Stream> recorded_;
 };
 

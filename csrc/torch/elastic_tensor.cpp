@@ -6,6 +6,7 @@
 
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "torch/elastic_allocator.h"
 
@@ -168,6 +169,40 @@ void set_storage_size(const at::Tensor& tensor, const ElasticBlock& block) {
     tensor.storage().unsafeGetStorageImpl()->set_nbytes(block.layout().reach(block.length()));
 }
 
+Target checked_growth(const at::Tensor& tensor, std::int64_t length) {
+    const Target target = checked_target(tensor, "grow_");
+    const std::int64_t present = tensor.size(target.dim);
+    const std::uint64_t most = target.block->layout().max_length;
+    if (length < present) {
+        throw InvalidArgument("grow_ to length " + std::to_string(length) + ", below the present " +
+                              std::to_string(present) + "; use shrink_");
+    }
+    if (static_cast<std::uint64_t>(length) > most) {
+        throw InvalidArgument("grow_ to length " + std::to_string(length) + ", beyond max_shape's " +
+                              std::to_string(most));
+    }
+    return target;
+}
+
+Target checked_shrink(const at::Tensor& tensor, std::int64_t length, std::size_t own_references) {
+    const Target target = checked_target(tensor, "shrink_");
+    const std::int64_t present = tensor.size(target.dim);
+    if (length < 0 || length > present) {
+        throw InvalidArgument("shrink_ to length " + std::to_string(length) +
+                              ", which is not between 0 and the present " + std::to_string(present));
+    }
+    if (static_cast<std::uint64_t>(length) == target.block->length()) return target;
+    // Other tensors share the storage; other holders of this very tensor (DLPack, autograd) share its implementation.
+    const std::size_t others = tensors_on(tensor.storage()) - 1 + tensor.use_count() - own_references;
+    if (others > 0) {
+        throw InvalidArgument(
+            "shrink_ while " + std::to_string(others) +
+            " others (views, slices, exports) share the storage: they could reach into memory that is "
+            "given back. Drop them first");
+    }
+    return target;
+}
+
 }  // namespace
 
 at::Tensor zeros(const ModelPtr& model, const Sizes& shape, at::ScalarType dtype) {
@@ -203,42 +238,51 @@ at::Tensor empty(const ModelPtr& model, const ElasticShape& wanted, at::ScalarTy
     return tensor_over(make_storage(model, wanted, dtype, scrub));
 }
 
-void grow(const at::Tensor& tensor, std::int64_t length, bool exact) {
-    const Target target = checked_target(tensor, "grow_");
-    const std::int64_t present = tensor.size(target.dim);
-    const std::uint64_t most = target.block->layout().max_length;
-    if (length < present) {
-        throw InvalidArgument("grow_ to length " + std::to_string(length) + ", below the present " +
-                              std::to_string(present) + "; use shrink_");
-    }
-    if (static_cast<std::uint64_t>(length) > most) {
-        throw InvalidArgument("grow_ to length " + std::to_string(length) + ", beyond max_shape's " +
-                              std::to_string(most));
-    }
-    target.block->grow(static_cast<std::uint64_t>(length), exact);
+void grow(const at::Tensor& tensor, std::int64_t length, bool exact, const WaitOptions* wait) {
+    const Target target = checked_growth(tensor, length);
+    target.block->grow(static_cast<std::uint64_t>(length), exact, wait);
     set_storage_size(tensor, *target.block);
     set_length(tensor, target, length);
 }
 
+void require_shrinkable(const at::Tensor& tensor, std::int64_t length, std::size_t own_references) {
+    (void)checked_shrink(tensor, length, own_references);
+}
+
 void shrink(const at::Tensor& tensor, std::int64_t length, std::size_t own_references) {
-    const Target target = checked_target(tensor, "shrink_");
-    const std::int64_t present = tensor.size(target.dim);
-    if (length < 0 || length > present) {
-        throw InvalidArgument("shrink_ to length " + std::to_string(length) +
-                              ", which is not between 0 and the present " + std::to_string(present));
-    }
+    const Target target = checked_shrink(tensor, length, own_references);
     if (static_cast<std::uint64_t>(length) == target.block->length()) return;
-    // Other tensors share the storage; other holders of this very tensor (DLPack, autograd) share its implementation.
-    const std::size_t others = tensors_on(tensor.storage()) - 1 + tensor.use_count() - own_references;
-    if (others > 0) {
-        throw InvalidArgument(
-            "shrink_ while " + std::to_string(others) +
-            " others (views, slices, exports) share the storage: they could reach into memory that is "
-            "given back. Drop them first");
-    }
     target.block->shrink(static_cast<std::uint64_t>(length));
     set_storage_size(tensor, *target.block);
     set_length(tensor, target, length);
+}
+
+StagedGrowth::StagedGrowth(const std::vector<std::pair<at::Tensor, std::int64_t>>& wanted) {
+    items_.reserve(wanted.size());  // so that what is staged is always listed
+    try {
+        for (const auto& [tensor, length] : wanted) {
+            const Target target = checked_growth(tensor, length);
+            target.block->stage(static_cast<std::uint64_t>(length));
+            items_.push_back({tensor, target.block, length});
+        }
+    } catch (...) {
+        drop();
+        throw;
+    }
+}
+
+void StagedGrowth::commit() {
+    for (const Item& item : items_) {
+        item.block->commit_staged();
+        set_storage_size(item.tensor, *item.block);
+        set_length(item.tensor, {item.block, item.block->geometry().dim}, item.length);
+    }
+    items_.clear();
+}
+
+void StagedGrowth::drop() noexcept {
+    for (const Item& item : items_) item.block->drop_staged();
+    items_.clear();
 }
 
 ElasticBlock* block_of(const at::Tensor& tensor) {

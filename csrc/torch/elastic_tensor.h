@@ -40,9 +40,33 @@ at::Tensor tensor_over(const ElasticStorage& made);
 // that were taken before keep their own length. grow throws InvalidArgument beyond max_shape, below the present length,
 // or for a tensor that is not the elastic tensor itself; shrink throws it above the present length, or while other
 // tensors share the storage, as they may reach into what would be unmapped.
-void grow(const at::Tensor& tensor, std::int64_t length, bool exact);
+void grow(const at::Tensor& tensor, std::int64_t length, bool exact, const WaitOptions* wait = nullptr);
 // `own_references` is how many the caller holds to the very tensor.
 void shrink(const at::Tensor& tensor, std::int64_t length, std::size_t own_references = 1);
+
+// What shrink() would refuse, without doing it.
+void require_shrinkable(const at::Tensor& tensor, std::int64_t length, std::size_t own_references = 1);
+
+// grow() in two halves, for several tensors at once: the memory is there, exactly, from construction on, while shapes
+// stay as they are until commit(). Where that does not come, or construction throws what grow() does, everything goes
+// back. A tensor may be in one StagedGrowth at a time. Not thread safe; the tensors may be read meanwhile.
+class StagedGrowth {
+  public:
+    explicit StagedGrowth(const std::vector<std::pair<at::Tensor, std::int64_t>>& wanted);
+    ~StagedGrowth() { drop(); }
+    StagedGrowth(const StagedGrowth&) = delete;
+    StagedGrowth& operator=(const StagedGrowth&) = delete;
+    void commit();
+    void drop() noexcept;
+
+  private:
+    struct Item {
+        at::Tensor tensor;
+        ElasticBlock* block;
+        std::int64_t length;
+    };
+    std::vector<Item> items_;
+};
 
 // A contiguous tensor of fixed size on the model's memory, by ElasticAllocator: zero, charged to the model, freed with
 // its last view. Throws InvalidArgument, OutOfVirtualMemory, ModelNotFound, c10::OutOfMemoryError.

@@ -8,6 +8,7 @@ Result<std::shared_ptr<PhysicalExtent>> PhysicalExtent::try_create(MeteredDriver
     ExtentHandle handle;
     const Status status = driver->create(size, handle);
     if (!status.ok()) return status;
+    driver->note_created(size);
     return std::shared_ptr<PhysicalExtent>(new PhysicalExtent(std::move(driver), handle, size));
 }
 
@@ -15,7 +16,9 @@ Result<std::shared_ptr<PhysicalExtent>> PhysicalExtent::try_import(MeteredDriver
     ExtentHandle handle;
     const Status status = driver->import_fd(fd, size, handle);
     if (!status.ok()) return status;
-    return std::shared_ptr<PhysicalExtent>(new PhysicalExtent(std::move(driver), handle, size));
+    auto extent = std::shared_ptr<PhysicalExtent>(new PhysicalExtent(std::move(driver), handle, size));
+    extent->imported_ = true;
+    return extent;
 }
 
 PhysicalExtent::PhysicalExtent(MeteredDriverPtr driver, ExtentHandle handle, Bytes size)
@@ -28,7 +31,9 @@ PhysicalExtent::~PhysicalExtent() {
 Status PhysicalExtent::try_release() noexcept {
     if (!owned_) return Status::success();
     const Status status = driver_->release(handle_);
-    if (status.ok()) owned_ = false;
+    if (!status.ok()) return status;
+    owned_ = false;
+    if (!imported_) driver_->note_released(size_);
     return status;
 }
 

@@ -37,6 +37,7 @@ class PhysicalExtent {
     ExtentHandle handle_;
     Bytes size_;
     bool owned_ = true;
+    bool imported_ = false;
 };
 
 }  // namespace elastikv

@@ -21,10 +21,16 @@ check_torch(_torch.__version__)
 from elastikv import errors  # noqa: E402
 from elastikv._build_info import VERSION as __version__  # noqa: E402
 from elastikv._core import (  # noqa: E402
+    Cancellation,
     DriverCallStats,
     GlobalMemoryStats,
+    Ledger,
+    LedgerClient,
+    LedgerStats,
     MemoryStats,
     Model,
+    PressureHandle,
+    Quota,
     ReleaseGate,
     SharedMemoryPool,
     VirtualMemoryPool,
@@ -32,6 +38,7 @@ from elastikv._core import (  # noqa: E402
     empty,
     grow_,
     is_elastic,
+    ledgers,
     model_of,
     prefetch,
     record_stream,
@@ -39,13 +46,21 @@ from elastikv._core import (  # noqa: E402
     shrink_,
     zeros,
 )
+from elastikv.device_pools import DevicePools  # noqa: E402
 from elastikv.errors import *  # noqa: E402, F403
 
 __all__ = [
+    "Cancellation",
+    "DevicePools",
     "DriverCallStats",
     "GlobalMemoryStats",
+    "Ledger",
+    "LedgerClient",
+    "LedgerStats",
     "MemoryStats",
     "Model",
+    "PressureHandle",
+    "Quota",
     "ReleaseGate",
     "SharedMemoryPool",
     "VirtualMemoryPool",
@@ -55,6 +70,7 @@ __all__ = [
     "grow_",
     "hf",  # noqa: F405 (loaded when asked for)
     "is_elastic",
+    "ledgers",
     "library_path",
     "model_of",
     "prefetch",

@@ -17,6 +17,7 @@ __all__ = [
     "InvalidOffset",
     "InvalidPageSize",
     "InvalidSize",
+    "LedgerError",
     "MappingFailed",
     "ModelAlreadyExists",
     "ModelNotFound",
@@ -24,8 +25,10 @@ __all__ = [
     "OutOfPhysicalMemory",
     "OutOfVirtualMemory",
     "PoolClosed",
+    "RankFailed",
     "UnmappingFailed",
     "VmmError",
+    "WaitCancelled",
 ]
 
 
@@ -106,9 +109,25 @@ class ModelAlreadyExists(VmmError, ValueError):
     """A model of that name is registered already."""
 
 
+class WaitCancelled(VmmError):
+    """A wait for memory that was called off."""
+
+
+class LedgerError(VmmError):
+    """A ledger that processes share can't be used: damaged, of another version or user, full, or not there."""
+
+
 class HandoffFailed(VmmError):
     """Memory of another process can't be had: it has exited, does not answer, or has taken the memory back."""
 
 
 class PoolClosed(VmmError):
     """Used after `close()`, or in a process forked from the one that made the pool."""
+
+
+class RankFailed(VmmError):
+    """Another rank of a group did not do its part, so nobody did. `rank` is which, None where that is not known."""
+
+    def __init__(self, message: str, *, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank

@@ -42,8 +42,7 @@ TEST_CASE("heap: another client's need takes idle memory, never blocks in use", 
     HeapFixture at({.limit = 16 * MiB});
     const Address kept = at.get(4 * MiB);
     at.heap->free(at.get(8 * MiB));
-    const auto other = std::make_shared<VirtualMemoryPool>(64 * MiB, at.faults, PoolOptions{}, at.budget);
-    at.budget->add("other", other);
+    const auto other = pool_on(at.budget, "other", 64 * MiB, at.faults);
     other->allocate(0, 10 * MiB);
     CHECK(at.heap->find(kept).has_value());
     CHECK_THROWS_AS(other->allocate(32 * MiB, 10 * MiB), OutOfPhysicalMemory);

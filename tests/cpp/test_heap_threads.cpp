@@ -61,10 +61,9 @@ TEST_CASE("heap: threads on two heaps of one budget agree, and leave nothing", "
             at.faults->hold_fences();
             at.faults->let_pass();
         }
-        const auto second_pool = std::make_shared<VirtualMemoryPool>(256 * MiB, at.faults, PoolOptions{}, at.budget);
-        at.budget->add("second", second_pool);
+        const auto second_pool = pool_on(at.budget, "second", 256 * MiB, at.faults);
         const auto second = std::make_shared<Heap>(second_pool, ByteRange{0, 256 * MiB});
-        at.budget->add_idle_holder(second);
+        second_pool->budget()->add_idle_holder(second);
         std::atomic<std::uint64_t> wrong{0};
         std::vector<std::thread> threads;
         for (std::uint64_t t = 1; t <= 6; ++t) {

@@ -104,9 +104,14 @@ TEST_CASE("invariant 6: pages that are not allocated fault when touched", "[inva
 // A budget that asks the pool for everything while it makes room: with any lock held, this would never return.
 class CuriousBudget final : public Budget {
   public:
-    bool try_charge(Bytes bytes) noexcept override { return budget_.try_charge(bytes); }
-    void refund(Bytes bytes) noexcept override { budget_.refund(bytes); }
-    Bytes available() const noexcept override { return budget_.available(); }
+    bool try_charge(Bytes bytes) noexcept override { return account_->try_charge(bytes); }
+    void refund(Bytes bytes) noexcept override { account_->refund(bytes); }
+    Bytes available() const noexcept override { return account_->available(); }
+    bool in_demand() const noexcept override { return account_->in_demand(); }
+    std::optional<Grant> wait_for_room(Bytes bytes, const WaitOptions& wait) override {
+        return account_->wait_for_room(bytes, wait);
+    }
+    void note_refusal() noexcept override { account_->note_refusal(); }
     Bytes make_room(Bytes wanted, bool wait) override {
         ++asked;
         (void)pool->stats();
@@ -114,14 +119,15 @@ class CuriousBudget final : public Budget {
         (void)pool->check();
         return pool->reclaim(wanted, wait);
     }
-    void add_idle_holder(const std::weak_ptr<IdleHolder>& holder) override { budget_.add_idle_holder(holder); }
+    void add_idle_holder(const std::weak_ptr<IdleHolder>& holder) override { account_->add_idle_holder(holder); }
     std::string describe_holders() const override { return pool->check() + "asked"; }
 
     VirtualMemoryPool* pool = nullptr;
     int asked = 0;
 
   private:
-    PhysicalBudget budget_{4 * host_driver()->capabilities().granularity};
+    AccountPtr account_ =
+        std::make_shared<PhysicalBudget>(4 * host_driver()->capabilities().granularity)->open("curious");
 };
 
 TEST_CASE("invariant 7: no pool lock is held while the budget makes room or describes who holds what", "[invariant]") {

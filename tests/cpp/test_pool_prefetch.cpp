@@ -138,8 +138,7 @@ TEST_CASE("memory that is mapped ahead and still being scrubbed is waited for be
     {
         const Bytes page = host->capabilities().granularity;
         const auto budget = std::make_shared<PhysicalBudget>(4 * page);
-        const auto pool = std::make_shared<VirtualMemoryPool>(MiB, lagging, PoolOptions{.scrub_fresh = true}, budget);
-        budget->add("pool", pool);
+        const auto pool = pool_on(budget, "pool", MiB, lagging, {.scrub_fresh = true});
         pool->prefetch(0, 4 * page);
         pool->drain();
         CHECK(pool->trim() == 0);  // its zeroing is still to come

@@ -22,7 +22,7 @@ struct Workbench {
         }
         page = host->capabilities().granularity;
         // Tight: eight threads that each hold a few pages pass it now and then.
-        shared = std::make_unique<SharedMemoryPool>(48 * page, faults, PoolOptions{.park_limit = 8 * page});
+        shared = std::make_unique<SharedMemoryPool>(32 * page, faults, PoolOptions{.park_limit = 8 * page});
         for (std::size_t i = 0; i < model_count; ++i) {
             models.push_back(shared->register_model("model " + std::to_string(i), 512 * page));
         }

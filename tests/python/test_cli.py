@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
 from elastikv.cli import app  # noqa: E402
 from elastikv.cli.board import mib, size_text  # noqa: E402
-from elastikv.cli.demo import parse_size  # noqa: E402
 from elastikv.cli.screen import LiveScreen  # noqa: E402
+from elastikv.cli.sizes import parse_size  # noqa: E402
 from elastikv.demo import decode  # noqa: E402
 from elastikv.demo.roles import Role  # noqa: E402
 from elastikv.demo.run import Options, run_demo  # noqa: E402

@@ -6,15 +6,23 @@ import typer
 
 from elastikv.cli.demo import demo
 from elastikv.cli.doctor import doctor
+from elastikv.cli.look import list_pools, watch
+from elastikv.cli.steer import limit, reserve, trim
+from elastikv.cli.top import top
 
 app = typer.Typer(
     help="KV caches that grow and shrink in place, in memory that several models share.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
 app.command()(doctor)
+app.command()(top)
+app.command("list")(list_pools)
+app.command()(limit)
+app.command()(reserve)
+app.command()(trim)
+app.command()(watch)
 
 
 def main() -> None:

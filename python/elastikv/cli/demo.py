@@ -5,12 +5,13 @@ from __future__ import annotations
 import enum
 import importlib.util
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from elastikv.cli.sizes import parse_size
 
 MISSING = 2  # exit status when something can't be used as asked
 
@@ -19,15 +20,6 @@ class DType(str, enum.Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `96MiB`, `1.5 GiB`, `64M` or `123456`. Units are powers of 1024. Raises typer.BadParameter."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?\s*", text)
-    size = int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " ")) if match else 0
-    if size <= 0:
-        raise typer.BadParameter(f"{text!r} is not a size: write 96MiB or 1.5GiB")
-    return size
 
 
 def demo(

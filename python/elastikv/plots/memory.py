@@ -43,7 +43,7 @@ def plot_memory(path: Path, samples: Sequence[Sample], names: Sequence[str], *, 
         line = [sum(getattr(model, field) for model in sample.models) / MIB for sample in samples]
         pool.step(seconds, line, where="post", color=INK, linestyle=style, linewidth=1.1, label=label)
     pool.axhline(top, color="#b3261e", linewidth=1.6)
-    _note(pool, top, f"limit {top:.0f} MiB", "#b3261e")
+    note(pool, top, f"limit {top:.0f} MiB", "#b3261e")
     pool.set_title("Physical memory of two models' KV caches in one pool", loc="left", color=INK, fontsize=13, pad=26)
     pool.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=9, borderaxespad=0.3)
 
@@ -52,22 +52,28 @@ def plot_memory(path: Path, samples: Sequence[Sample], names: Sequence[str], *, 
         over = [value > half for value in line]
         split.fill_between(seconds, line, half, where=over, step="post", color=color, alpha=0.35, linewidth=0)
     split.axhline(half, color="#b3261e", linewidth=1.2, linestyle="--")
-    _note(split, half, f"static half {half:.0f} MiB", "#b3261e")
+    note(split, half, f"static half {half:.0f} MiB", "#b3261e")
     split.set_xlabel("seconds of the trace", color=INK)
 
     for axes in (pool, split):
-        axes.set_ylabel("MiB", color=INK)
         axes.set_xlim(0, max(seconds[-1], 1))
         axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.06)
-        axes.grid(axis="y", color="#d9dce1", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=INK, length=0)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
+        tidy(axes, "MiB")
     figure.savefig(path)
 
 
-def _note(axes: Any, height: float, text: str, color: str) -> None:
+def tidy(axes: Any, unit: str) -> None:
+    """The house's look: a faint grid, no frame but the floor."""
+    axes.set_ylabel(unit, color=INK)
+    axes.grid(axis="y", color="#d9dce1", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def note(axes: Any, height: float, text: str, color: str) -> None:
+    """A word at the right end of a horizontal line."""
     axes.annotate(
         text, (1, height), xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points",
         ha="right", va="bottom", color=color, fontsize=9,

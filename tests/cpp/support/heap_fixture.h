@@ -27,10 +27,9 @@ struct HeapFixture {
         if (setup.lags) beneath = lagging = std::make_shared<LaggingDriver>(host);
         faults = std::make_shared<FaultDriver>(beneath);
         budget = std::make_shared<PhysicalBudget>(setup.limit);
-        pool = std::make_shared<VirtualMemoryPool>(setup.addresses, faults, PoolOptions{.park_limit = 0}, budget);
-        budget->add("heap", pool);
+        pool = pool_on(budget, "heap", setup.addresses, faults, {.park_limit = 0});
         heap = std::make_shared<Heap>(pool, ByteRange{0, setup.addresses}, setup.options);
-        budget->add_idle_holder(heap);
+        pool->budget()->add_idle_holder(heap);
     }
 
     Address get(Bytes size, std::uintptr_t stream = 0, ArenaId arena = {}) const {

@@ -34,13 +34,11 @@ class HeapPropertyRun {
         : setup_(std::move(setup)),
           page_(setup_.driver->capabilities().granularity),
           budget_(std::make_shared<PhysicalBudget>(setup_.limit)),
-          pool_(std::make_shared<VirtualMemoryPool>(1 * GiB, setup_.driver, PoolOptions{}, budget_)),
-          other_(std::make_shared<VirtualMemoryPool>(64 * MiB, setup_.driver, PoolOptions{}, budget_)),
+          pool_(pool_on(budget_, "heap", 1 * GiB, setup_.driver)),
+          other_(pool_on(budget_, "other", 64 * MiB, setup_.driver)),
           heap_(std::make_shared<Heap>(pool_, ByteRange{0, 1 * GiB})),
           random_(seed) {
-        budget_->add("heap", pool_);
-        budget_->add("other", other_);
-        budget_->add_idle_holder(heap_);
+        pool_->budget()->add_idle_holder(heap_);
     }
 
     void run(std::uint64_t steps) {

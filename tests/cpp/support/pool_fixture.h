@@ -27,6 +27,16 @@ bool throws(Call call) {
     return false;
 }
 
+// A pool that draws on a budget as a client of its own.
+inline std::shared_ptr<VirtualMemoryPool> pool_on(const std::shared_ptr<PhysicalBudget>& budget,
+                                                  const std::string& name, Bytes capacity, const DriverPtr& driver,
+                                                  const PoolOptions& options = {}) {
+    const AccountPtr account = budget->open(name);
+    auto pool = std::make_shared<VirtualMemoryPool>(capacity, driver, options, account);
+    account->attach(pool);
+    return pool;
+}
+
 struct PoolSetup {
     Bytes pages = 64;
     PoolOptions options{};
@@ -46,8 +56,7 @@ struct PoolFixture {
             faults->let_pass();
         }
         budget = std::make_shared<PhysicalBudget>(setup.limit_pages == 0 ? no_limit : setup.limit_pages * page);
-        pool = std::make_shared<VirtualMemoryPool>(setup.pages * page, faults, setup.options, budget);
-        budget->add("pool", pool);
+        pool = pool_on(budget, "pool", setup.pages * page, faults, setup.options);
     }
 
     const Capabilities& device() const { return pool->device(); }

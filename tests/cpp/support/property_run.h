@@ -28,11 +28,9 @@ class PropertyRun {
           setup_(setup),
           page_(target_.driver->capabilities().granularity),
           budget_(std::make_shared<PhysicalBudget>(limit_pages == 0 ? no_limit : limit_pages * page_)),
-          pool_(std::make_shared<VirtualMemoryPool>(setup.pages * page_, target_.driver, options, budget_)),
+          pool_(pool_on(budget_, "pool", setup.pages * page_, target_.driver, options)),
           model_(pool_->capacity(), setup.grain),
-          random_(seed) {
-        budget_->add("pool", pool_);
-    }
+          random_(seed) {}
 
     void run(std::uint64_t steps) {
         for (step_ = 0; step_ < steps; ++step_) {

@@ -1,0 +1,107 @@
+// Models: a share of a pool, and its quota.
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+
+#include "bindings/bindings.h"
+
+namespace elastikv::bindings {
+namespace {
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+void set_quota(Model& model, const py::object& reserve, const py::object& limit, const py::object& priority) {
+    const QuotaChange change = to_quota_change(reserve, limit, priority);
+    const py::gil_scoped_release release;
+    model.set_quota(change);
+}
+
+// Set when the interpreter ends: a thread that asked for the GIL from then on would not come back.
+std::atomic<bool> interpreter_ends{false};
+
+// A Python callable, which is let go with the GIL held, or not at all.
+std::shared_ptr<py::object> kept(const py::object& callback) {
+    return {new py::object(callback), [](py::object* gone) {
+                if (interpreter_ends) return;
+                const py::gil_scoped_acquire acquire;
+                delete gone;
+            }};
+}
+
+struct PressureHandle {
+    std::weak_ptr<Account> account;
+    std::uint64_t number;
+
+    void remove() const {
+        if (const AccountPtr living = account.lock()) living->remove_pressure_callback(number);
+    }
+};
+
+PressureHandle on_pressure(const Model& model, const py::object& callback) {
+    if (PyCallable_Check(callback.ptr()) == 0) {
+        throw py::type_error(std::string("callback must be callable, not ") + Py_TYPE(callback.ptr())->tp_name);
+    }
+    auto call = [held = kept(callback)](const PressureRequest& request) {
+        if (interpreter_ends) return;
+        const py::gil_scoped_acquire acquire;
+        const auto left = request.until - std::chrono::steady_clock::now();
+        try {
+            (*held)(request.wanted, std::max(0.0, std::chrono::duration<double>(left).count()));
+        } catch (py::error_already_set& error) {
+            error.discard_as_unraisable("a pressure callback of elastikv");
+        }
+    };
+    const py::gil_scoped_release release;
+    return {model.account(), model.account()->add_pressure_callback(std::move(call))};
+}
+
+}  // namespace
+
+void bind_models(py::module_& module) {
+    using py::arg;
+    const py::object none = py::none();
+
+    py::module_::import("atexit").attr("register")(py::cpp_function([] { interpreter_ends = true; }));
+    py::class_<PressureHandle>(module, "PressureHandle", "What Model.on_pressure returns.")
+        .def("remove", &PressureHandle::remove, NoGil(), "The callback is not called any more; one under way ends.");
+
+    py::class_<Model, ModelPtr>(
+        module, "Model",
+        "A model's share of a SharedMemoryPool, as register_model() gives it. Its memory lives until the "
+        "model is unregistered and its last tensor is gone. Thread safe.")
+        .def_property_readonly("name", &Model::name)
+        .def_property_readonly("base_address", &Model::base_address)
+        .def_property_readonly("virtual_capacity", [](Model& self) { return self.pool().capacity(); })
+        .def_property_readonly("page_size", [](Model& self) { return self.pool().page_size(); })
+        .def_property_readonly("device", [](Model& self) { return device_name(self.pool().device()); })
+        .def_property_readonly("registered", py::cpp_function(&Model::registered, NoGil()))
+        .def("stats", &Model::stats, NoGil())
+        .def(
+            "set_quota", &set_quota, py::kw_only(), arg("reserve") = none, arg("limit") = none, arg("priority") = none,
+            R"(Changes what the model is promised and may hold, while it runs: all of it or nothing; None stays as it is.
+
+reserve: bytes that are the model's whenever it asks: nobody else can charge into the part that is not in use. A reserve that
+is raised above what is free fills up as others free memory. limit: bytes that it may hold at most; the pool's
+physical_limit for none. A limit below what it holds takes effect as memory is freed; quota().overage shows the rest.
+priority: higher ones are served first, and press lower ones for memory.
+Raises InvalidArgument (a limit of 0 or above the physical limit, a reserve above the limit, reserves that together pass the
+physical limit), InvalidSize, ModelNotFound.)")
+        .def(
+            "on_pressure", &on_pressure, arg("callback"),
+            R"(Calls callback(wanted, seconds) when a model of higher priority, in any process, lacks memory that this one holds.
+
+wanted: bytes that would help; seconds: later they don't. The callback frees, pauses, spills, or does nothing. It runs on any
+thread, with no lock of the pool held; what it raises goes to sys.unraisablehook. Returns a PressureHandle.)")
+        .def("quota", &Model::quota, NoGil(), "A Quota: what the model is promised, and how it fares.")
+        .def(
+            "trim", [](Model& self) { return self.pool().trim(); }, NoGil())
+        .def(
+            "compact", [](Model& self) { return self.pool().compact(); }, NoGil())
+        .def(
+            "drain", [](Model& self) { self.pool().drain(); }, NoGil())
+        .def("__repr__", [](const Model& self) { return "<elastikv.Model '" + self.name() + "'>"; });
+}
+
+}  // namespace elastikv::bindings

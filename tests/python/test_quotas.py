@@ -1,0 +1,101 @@
+"""Quotas of models, as Python sees them; the ladder itself is tested in C++."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import elastikv
+
+
+def test_a_reserve_is_kept_from_others(shared, model, page_size):
+    holder = shared.register_model("holder", 4096 * page_size, reserve=24 * page_size, priority=3)
+    shared.allocate_for_model("model", 40 * page_size)
+    with pytest.raises(elastikv.OutOfPhysicalMemory, match="reserve"):
+        shared.allocate_for_model("model", page_size)
+    quota = holder.quota()
+    assert (quota.reserve, quota.limit, quota.priority, quota.charged) == (24 * page_size, 64 * page_size, 3, 0)
+    assert shared.quotas()["model"].refusals == 1
+    assert shared.global_stats().reserved == 24 * page_size
+    assert shared.global_stats().committed == 64 * page_size
+    tensor = elastikv.empty((24 * page_size,), (24 * page_size,), torch.uint8, holder)
+    assert tensor.sum().item() == 0
+    assert holder.quota().charged == 24 * page_size
+
+
+def test_a_limit_holds_and_may_change_while_running(shared, model, page_size):
+    model.set_quota(limit=8 * page_size)
+    with pytest.raises(elastikv.OutOfPhysicalMemory):
+        shared.allocate_for_model("model", 9 * page_size)
+    offset = shared.allocate_for_model("model", 8 * page_size) - model.base_address
+    model.set_quota(limit=4 * page_size, priority=-2)
+    assert model.quota().overage == 4 * page_size
+    assert model.quota().priority == -2
+    shared.deallocate_for_model("model", offset, 8 * page_size)
+    model.drain()
+    assert model.quota().overage == 0
+    model.set_quota(limit=64 * page_size)
+    shared.allocate_for_model("model", 64 * page_size)
+
+
+@pytest.mark.parametrize(
+    ("quota", "error", "match"),
+    [
+        ({"limit": 0}, elastikv.InvalidArgument, "between 1 byte"),
+        ({"limit": 1 << 60}, elastikv.InvalidArgument, "above the physical limit"),
+        ({"reserve": 1 << 60}, elastikv.InvalidArgument, "above its limit"),
+        ({"reserve": -1}, elastikv.InvalidSize, "reserve must be between 0"),
+        ({"limit": 1 << 64}, elastikv.InvalidSize, "limit must be between 0"),
+        ({"priority": 1 << 31}, elastikv.InvalidArgument, "32 bits"),
+        ({"priority": 1.5}, TypeError, "priority must be an integer, not float"),
+        ({"limit": "8GiB"}, TypeError, "limit must be an integer, not str"),
+        ({"reserve": True}, TypeError, "reserve must be an integer, not bool"),
+    ],
+)
+def test_bad_quotas_change_nothing(shared, model, quota, error, match):
+    before = repr(model.quota())
+    with pytest.raises(error, match=match):
+        model.set_quota(**quota)
+    with pytest.raises(error, match=match):
+        shared.register_model("another", 1 << 30, **quota)
+    assert repr(model.quota()) == before
+    assert shared.models() == ["model"]
+
+
+def test_reserves_beyond_the_limit_are_refused_with_the_arithmetic(shared, model, page_size):
+    model.set_quota(reserve=40 * page_size)
+    with pytest.raises(elastikv.InvalidArgument, match="at most") as caught:
+        shared.register_model("another", 1 << 30, reserve=30 * page_size)
+    assert str(70 * page_size) in str(caught.value) and str(24 * page_size) in str(caught.value)
+
+
+def test_an_unregistered_model_has_no_reserve(shared, model, page_size):
+    model.set_quota(reserve=40 * page_size)
+    shared.unregister_model("model")
+    assert shared.global_stats().reserved == 0
+    assert "model" not in shared.quotas()
+    with pytest.raises(elastikv.ModelNotFound):
+        model.set_quota(reserve=page_size)
+
+
+def test_threads_on_quotas(shared, model, page_size):
+    other = shared.register_model("other", 4096 * page_size)
+    errors: list[Exception] = []
+
+    def work(index: int) -> None:
+        try:
+            for i in range(50):
+                (model if index % 2 else other).set_quota(reserve=(i % 8) * page_size, priority=i)
+                shared.quotas()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert shared.global_stats().reserved == model.quota().reserve + other.quota().reserve
