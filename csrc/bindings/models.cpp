@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "bindings/bindings.h"
+#include "shared/range_export.h"
 
 namespace elastikv::bindings {
 namespace {
@@ -57,6 +58,14 @@ PressureHandle on_pressure(const Model& model, const py::object& callback) {
     return {model.account(), model.account()->add_pressure_callback(std::move(call))};
 }
 
+std::unique_ptr<RangeExport> export_range(const ModelPtr& model, const py::object& offset, const py::object& size,
+                                          bool read_only) {
+    const Bytes begin = to_offset(offset, size, model->pool().capacity());
+    const Bytes bytes = to_bytes(size, "size");
+    const py::gil_scoped_release release;
+    return std::make_unique<RangeExport>(model, begin, bytes, read_only);
+}
+
 }  // namespace
 
 void bind_models(py::module_& module) {
@@ -66,6 +75,12 @@ void bind_models(py::module_& module) {
     py::module_::import("atexit").attr("register")(py::cpp_function([] { interpreter_ends = true; }));
     py::class_<PressureHandle>(module, "PressureHandle", "What Model.on_pressure returns.")
         .def("remove", &PressureHandle::remove, NoGil(), "The callback is not called any more; one under way ends.");
+
+    py::class_<RangeExport>(module, "RangeExport",
+                            "What Model.export returns: the range can be imported while it lives.")
+        .def_property_readonly("handle", &RangeExport::handle)
+        .def_property_readonly("size", &RangeExport::size)
+        .def_property_readonly("read_only", &RangeExport::read_only);
 
     py::class_<Model, ModelPtr>(
         module, "Model",
@@ -94,6 +109,13 @@ physical limit), InvalidSize, ModelNotFound.)")
 
 wanted: bytes that would help; seconds: later they don't. The callback frees, pauses, spills, or does nothing. It runs on any
 thread, with no lock of the pool held; what it raises goes to sys.unraisablehook. Returns a PressureHandle.)")
+        .def(
+            "export", &export_range, arg("offset"), arg("size"), py::kw_only(), arg("read_only") = false,
+            R"(Lets other processes of this user map [offset, offset + size), counted from base_address; all of it must be allocated.
+
+Returns a RangeExport, whose handle is for elastikv.import_ there while it lives. The extents are shared whole. compact()
+leaves them in place. What was imported stays readable there after this process has freed it.
+Raises InvalidSize, InvalidOffset, NotMapped, CudaError, HandoffFailed.)")
         .def("quota", &Model::quota, NoGil(), "A Quota: what the model is promised, and how it fares.")
         .def(
             "trim", [](Model& self) { return self.pool().trim(); }, NoGil())

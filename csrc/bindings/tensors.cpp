@@ -8,6 +8,7 @@
 
 #include "bindings/waiting.h"
 #include "torch/elastic_tensor.h"
+#include "torch/imported_tensor.h"
 #include "torch/streams.h"
 
 namespace elastikv::bindings {
@@ -158,6 +159,15 @@ Bytes resident_bytes(const py::object& object) {
     return block.resident_bytes();
 }
 
+ImportedRange import_range_here(const std::string& handle) {
+    const py::gil_scoped_release release;
+    return import_range(handle);
+}
+
+py::object tensor_over(const ImportedRange& range, const py::object& dtype) {
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(torch::tensor_over(range, to_dtype(dtype))));
+}
+
 }  // namespace
 
 void bind_tensors(py::module_& module) {
@@ -170,6 +180,22 @@ void bind_tensors(py::module_& module) {
             py::set_error(py::module_::import("torch").attr("OutOfMemoryError"), error.what_without_backtrace());
         }
     });
+    py::class_<ImportedRange>(module, "ImportedRange",
+                              "Memory of another process, mapped here while this or a tensor of it lives.")
+        .def_property_readonly("address", &ImportedRange::address)
+        .def_readonly("size", &ImportedRange::size)
+        .def_readonly("read_only", &ImportedRange::read_only)
+        .def_property_readonly("device", [](const ImportedRange& self) { return device_name(self.memory->device()); })
+        .def("tensor", &tensor_over, arg("dtype"),
+             R"(A tensor of one dimension over the whole range; it sees what other processes write.
+
+Writing to one that is read_only is an error that ends the process or the CUDA context, as torch knows no such tensors.
+Raises InvalidArgument where the range does not hold whole elements.)");
+    module.def("import_", &import_range_here, arg("handle"),
+               R"(Maps a range that another process exports: handle is that of its RangeExport.
+
+Raises InvalidArgument (not such a handle), HandoffFailed (its process is gone, or has taken it back), OutOfVirtualMemory,
+CudaError, MappingFailed, DeviceUnavailable.)");
     module.def(
         "zeros", &zeros, arg("shape"), arg("dtype"), arg("model"),
         R"(A contiguous tensor of fixed size on the model's memory: zero, charged to the model, freed with its last view.

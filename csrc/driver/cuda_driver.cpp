@@ -158,13 +158,14 @@ Status CudaDriver::map(Address address, Bytes size, ExtentHandle handle) noexcep
                       [&](const CudaSymbols& cu) { return cu.cuMemMap_(address, size, 0, handle.value, 0); });
 }
 
-Status CudaDriver::set_access(Address address, Bytes size) noexcept {
+Status CudaDriver::set_access(Address address, Bytes size, Access wanted) noexcept {
     if (!are_units(address, size)) return refuse(DriverCall::set_access);
     std::array<CUmemAccessDesc, max_devices + 1> access{};
     std::size_t count = 0;
     const auto add = [&](int device) {
         access[count].location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
-        access[count++].flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+        access[count++].flags =
+            wanted == Access::read_only ? CU_MEM_ACCESS_FLAGS_PROT_READ : CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
     };
     add(capabilities_.index);
     for (std::uint64_t left = peers_.load(std::memory_order_acquire); left != 0; left &= left - 1) {

@@ -29,7 +29,7 @@ class CudaDriver final : public VmmDriver {
     Status create(Bytes size, ExtentHandle& out) noexcept override;
     Status release(ExtentHandle handle) noexcept override;
     Status map(Address address, Bytes size, ExtentHandle handle) noexcept override;
-    Status set_access(Address address, Bytes size) noexcept override;
+    Status set_access(Address address, Bytes size, Access access = Access::read_write) noexcept override;
     Status unmap(Address address, Bytes size) noexcept override;
     Status export_fd(ExtentHandle handle, int& fd) noexcept override;
     Status import_fd(int fd, Bytes size, ExtentHandle& out) noexcept override;

@@ -32,8 +32,8 @@ class ForwardingDriver : public VmmDriver {
     Status map(Address address, Bytes size, ExtentHandle handle) noexcept override {
         return around(DriverCall::map, [&] { return inner_->map(address, size, handle); });
     }
-    Status set_access(Address address, Bytes size) noexcept override {
-        return around(DriverCall::set_access, [&] { return inner_->set_access(address, size); });
+    Status set_access(Address address, Bytes size, Access access = Access::read_write) noexcept override {
+        return around(DriverCall::set_access, [&] { return inner_->set_access(address, size, access); });
     }
     Status unmap(Address address, Bytes size) noexcept override {
         return around(DriverCall::unmap, [&] { return inner_->unmap(address, size); });

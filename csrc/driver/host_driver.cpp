@@ -225,11 +225,11 @@ Status HostDriver::map(Address address, Bytes size, ExtentHandle handle) noexcep
     return Status::success();
 }
 
-Status HostDriver::set_access(Address address, Bytes size) noexcept {
+Status HostDriver::set_access(Address address, Bytes size, Access access) noexcept {
     ELASTIKV_REFUSE_IN_CHILD(DriverCall::set_access);
     const std::lock_guard lock(mutex_);
     if (!is_whole_mappings(address, size)) return refuse(DriverCall::set_access);
-    if (mprotect(pointer(address), size, PROT_READ | PROT_WRITE) != 0) {
+    if (mprotect(pointer(address), size, access == Access::read_only ? PROT_READ : PROT_READ | PROT_WRITE) != 0) {
         return error_status(DriverCall::set_access, errno);
     }
     return Status::success();

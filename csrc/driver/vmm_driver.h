@@ -41,6 +41,8 @@ struct ExtentHandle {
     std::uint64_t value = 0;
 };
 
+enum class Access : std::uint8_t { read_only, read_write };
+
 // A queue of device work: a CUstream on CUDA (0 is the device's legacy default stream). The host has one, which never
 // lags.
 struct Stream {
@@ -71,8 +73,9 @@ class VmmDriver {
 
     // The whole of `handle`, whose size is `size`, at [address, address + size), which holds no mapping.
     virtual Status map(Address address, Bytes size, ExtentHandle handle) noexcept = 0;
-    // Read and write for the device, and for those allowed by allow_peer. Covers whole mappings.
-    virtual Status set_access(Address address, Bytes size) noexcept = 0;
+    // For the device, and for those allowed by allow_peer. Covers whole mappings. What is written to memory that is
+    // only to be read faults.
+    virtual Status set_access(Address address, Bytes size, Access access = Access::read_write) noexcept = 0;
     // Covers whole mappings; touching them faults from now on.
     virtual Status unmap(Address address, Bytes size) noexcept = 0;
 
@@ -83,7 +86,7 @@ class VmmDriver {
     // A handle for what another driver of the same device, in any process, has exported as `fd`, which stays the
     // caller's. `size` is the extent's: map refuses another where this call can't tell.
     virtual Status import_fd(int fd, Bytes size, ExtentHandle& out) noexcept = 0;
-    // From now on every set_access also gives read and write to the device of that index, for all that use this driver.
+    // From now on every set_access also holds for the device of that index, for all that use this driver.
     // Allowing a device again, or this one, is ok and changes nothing. `unsupported` where the two devices can't reach
     // each other's memory, `invalid_argument` where there is no such device.
     virtual Status allow_peer(int device) noexcept = 0;

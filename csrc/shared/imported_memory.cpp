@@ -34,7 +34,7 @@ StuckList& stuck() {
 
 }  // namespace
 
-ImportedMemory::ImportedMemory(DriverPtr driver, const std::vector<Part>& parts)
+ImportedMemory::ImportedMemory(DriverPtr driver, const std::vector<Part>& parts, Access access)
     : driver_(std::make_shared<MeteredDriver>(std::move(driver))) {
     const Bytes size = total_size(parts);
     auto range = AddressRange::try_reserve(driver_, size, 0);
@@ -50,7 +50,7 @@ ImportedMemory::ImportedMemory(DriverPtr driver, const std::vector<Part>& parts)
         if (!extent.ok()) throw CudaError(extent.status(), "importing " + format_bytes(part.size));
         mappings_.push_back(std::make_unique<Mapping>(range_, std::move(extent.value()), offset));
         Status status = mappings_.back()->try_map();
-        if (status.ok()) status = mappings_.back()->try_set_access();
+        if (status.ok()) status = mappings_.back()->try_set_access(access);
         if (!status.ok()) throw MappingFailed(status, {offset, offset + part.size});
         offset += part.size;
     }

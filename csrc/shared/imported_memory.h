@@ -19,7 +19,7 @@ class ImportedMemory {
     };
     // Needs the descriptors only while it runs. Throws InvalidArgument (no parts), OutOfVirtualMemory, CudaError,
     // MappingFailed, DeviceUnavailable; all or nothing.
-    ImportedMemory(DriverPtr driver, const std::vector<Part>& parts);
+    ImportedMemory(DriverPtr driver, const std::vector<Part>& parts, Access access = Access::read_write);
     // Waits for the device's work, which may use the memory, and unmaps. Where it can't wait, as a stream is capturing
     // a graph, the memory stays mapped until a later one can.
     ~ImportedMemory();
@@ -28,6 +28,7 @@ class ImportedMemory {
 
     Address base() const { return range_->base(); }
     Bytes size() const { return range_->size(); }
+    const Capabilities& device() const { return driver_->capabilities(); }
 
   private:
     MeteredDriverPtr driver_;

@@ -1,99 +1,11 @@
 #include "torch/ipc_memory.h"
 
-#include <charconv>
-#include <string_view>
 #include <vector>
 
-#include "shared/imported_memory.h"
+#include "shared/memory_handle.h"
 
 namespace elastikv::torch {
 namespace {
-
-// "elastikv-ipc-1:<device>:<socket>:<key>:<size>,<size>,...": sizes in bytes, of each extent; the key in hexadecimal.
-constexpr std::string_view family = "elastikv-ipc-";
-constexpr std::string_view version = "elastikv-ipc-1";
-constexpr std::string_view digits = "0123456789abcdef";
-
-struct HandleParts {
-    std::string device;  // "cpu" or "cuda:N", with "." for ":"
-    HandoffAddress address;
-    std::vector<Bytes> sizes;
-};
-
-std::string swapped(std::string text, char from, char to) {
-    for (char& each : text) each = each == from ? to : each;
-    return text;
-}
-
-std::string write_handle(const HandleParts& parts) {
-    std::string text = std::string(version) + ":" + swapped(parts.device, ':', '.') + ":" + parts.address.socket + ":";
-    for (const std::uint8_t byte : parts.address.key) {
-        text += digits[byte >> 4];
-        text += digits[byte & 15];
-    }
-    char before = ':';
-    for (const Bytes size : parts.sizes) {
-        text += before + std::to_string(size);
-        before = ',';
-    }
-    return text;
-}
-
-std::string_view cut(std::string_view& rest, char at) {
-    const std::size_t end = rest.find(at);
-    const std::string_view part = rest.substr(0, end);
-    rest = end == std::string_view::npos ? std::string_view() : rest.substr(end + 1);
-    return part;
-}
-
-bool read_key(std::string_view text, HandoffAddress::Key& key) {
-    if (text.size() != 2 * key.size()) return false;
-    for (std::size_t i = 0; i < key.size(); ++i) {
-        const std::size_t high = digits.find(text[2 * i]);
-        const std::size_t low = digits.find(text[2 * i + 1]);
-        if (high == std::string_view::npos || low == std::string_view::npos) return false;
-        key[i] = static_cast<std::uint8_t>(high << 4 | low);
-    }
-    return true;
-}
-
-HandleParts read_handle(const std::string& handle) {
-    HandleParts parts;
-    std::string_view rest = handle;
-    const std::string_view made_by = cut(rest, ':');
-    if (made_by != version) {
-        throw InvalidArgument("the handle is of '" + std::string(made_by.substr(0, 32)) +
-                              "', and this elastikv reads '" + std::string(version) +
-                              "'; use the same version in both processes");
-    }
-    parts.device = swapped(std::string(cut(rest, ':')), '.', ':');
-    parts.address.socket = std::string(cut(rest, ':'));
-    bool fine = read_key(cut(rest, ':'), parts.address.key) && !rest.empty();
-    while (fine && !rest.empty()) {
-        const std::string_view text = cut(rest, ',');
-        Bytes size = 0;
-        const auto parsed = std::from_chars(text.data(), text.data() + text.size(), size);
-        fine = parsed.ec == std::errc{} && parsed.ptr == text.data() + text.size() && size > 0;
-        parts.sizes.push_back(size);
-    }
-    if (!fine) throw InvalidArgument("the handle of shared memory is damaged: '" + handle.substr(0, 120) + "'");
-    return parts;
-}
-
-std::shared_ptr<ImportedMemory> import(const std::string& handle) {
-    const HandleParts parts = read_handle(handle);
-    const DriverPtr driver = driver_for(parts.device);
-    std::vector<UniqueFd> descriptors = fetch(parts.address);
-    if (descriptors.size() != parts.sizes.size()) {
-        throw HandoffFailed("the handle tells of " + std::to_string(parts.sizes.size()) +
-                            " extents and the sharer of " + std::to_string(descriptors.size()));
-    }
-    std::vector<ImportedMemory::Part> extents;
-    for (std::size_t i = 0; i < descriptors.size(); ++i) {
-        extents.push_back({std::move(descriptors[i]), parts.sizes[i]});
-    }
-    return std::make_shared<ImportedMemory>(driver, extents);
-}
 
 // What is open in this process, by handle. Its lock is held while memory is imported, so that two threads that open one
 // handle get one mapping. A forked child has a list of its own: its parent's mappings are not its to use.
@@ -130,7 +42,7 @@ SharedMemoryHandle IpcMemory::share(ByteRange pages, Address address) {
     const Range range{extents.front().range.begin, extents.back().range.end};
     auto it = shared_.find(range);
     if (it == shared_.end()) {
-        HandleParts parts;
+        MemoryHandle parts;
         parts.device = device_name(pool_->device());
         std::vector<UniqueFd> descriptors;
         for (ExportedExtent& extent : extents) {
@@ -139,7 +51,7 @@ SharedMemoryHandle IpcMemory::share(ByteRange pages, Address address) {
         }
         FdBroker::Registration registration = FdBroker::of_this_process().add(std::move(descriptors));
         parts.address = registration.address();
-        it = shared_.emplace(range, Shared{write_handle(parts), std::move(registration)}).first;
+        it = shared_.emplace(range, Shared{write_memory_handle(parts), std::move(registration)}).first;
         count_.store(shared_.size(), std::memory_order_release);
     }
     return {static_cast<std::ptrdiff_t>(address - base - range.first), it->second.handle};
@@ -154,7 +66,7 @@ void IpcMemory::forget(ByteRange pages) noexcept {
     count_.store(shared_.size(), std::memory_order_release);
 }
 
-bool IpcMemory::is_ours(const std::string& handle) noexcept { return handle.starts_with(family); }
+bool IpcMemory::is_ours(const std::string& handle) noexcept { return is_memory_handle(handle); }
 
 std::shared_ptr<void> IpcMemory::open(const std::string& handle) {
     Opened& list = opened();
@@ -163,7 +75,7 @@ std::shared_ptr<void> IpcMemory::open(const std::string& handle) {
     std::shared_ptr<ImportedMemory> memory;
     if (const auto it = list.memory.find(handle); it != list.memory.end()) memory = it->second.lock();
     if (!memory) {
-        memory = import(handle);
+        memory = import_memory(read_memory_handle(handle), Access::read_write);
         list.memory[handle] = memory;
     }
     void* const base = reinterpret_cast<void*>(static_cast<std::uintptr_t>(memory->base()));

@@ -18,9 +18,9 @@ Status Mapping::try_map() noexcept {
     return status;
 }
 
-Status Mapping::try_set_access() noexcept {
+Status Mapping::try_set_access(Access access) noexcept {
     if (accessible_) return Status::success();
-    const Status status = range_->driver().set_access(address(), size());
+    const Status status = range_->driver().set_access(address(), size(), access);
     if (status.ok()) accessible_ = true;
     return status;
 }

@@ -22,8 +22,8 @@ class Mapping {
     // After a failure the addresses are as they were. The same holds for the others; try_make_accessible may leave them
     // mapped.
     Status try_map() noexcept;
-    // Read and write for the device; nothing may be touched before.
-    Status try_set_access() noexcept;
+    // For the device; nothing may be touched before.
+    Status try_set_access(Access access = Access::read_write) noexcept;
     // Both, as far as they are lacking.
     Status try_make_accessible() noexcept;
     Status try_unmap() noexcept;

@@ -1,11 +1,12 @@
-// Many processes on one ledger, some of which are killed: is the limit ever passed, is a charge lost, does anything hang?
+// Many processes on one ledger, some of which are killed: is the limit ever passed, is a charge lost, does anything
+// hang?
 //
 //   ledger_stress [--operations 10000000] [--processes 8] [--threads 4] [--kill-every-ms 50] [--seed 1] [--seconds 600]
 //
 // The program starts itself as workers, whose threads charge, refund, wait in line and change quotas at random. Every
 // few milliseconds a random one is killed (0: none) and another started in its place. Two watchers look all the while:
-// one at the ledger's own sums and entries, under its lock; one at words that each worker keeps beside the ledger, which
-// count up after a charge and down before a refund, so that at any moment they sum to less than what is charged.
+// one at the ledger's own sums and entries, under its lock; one at words that each worker keeps beside the ledger,
+// which count up after a charge and down before a refund, so that at any moment they sum to less than what is charged.
 #include <fcntl.h>
 #include <spawn.h>
 #include <sys/mman.h>
@@ -203,7 +204,11 @@ class Workers {
     void start(std::size_t index) {
         board_.outside[index] = 0;
         board_.counts[index] = 1;
-        std::vector<std::string> words{"ledger_stress", "--worker", name_, std::to_string(fd_), std::to_string(index),
+        std::vector<std::string> words{"ledger_stress",
+                                       "--worker",
+                                       name_,
+                                       std::to_string(fd_),
+                                       std::to_string(index),
                                        std::to_string(options_["seed"] + ++started_)};
         for (const auto& [key, value] : options_.values) {
             words.push_back("--" + key);
@@ -306,13 +311,11 @@ int run(const Options& options) {
     budget.reset();
     bool left = false;
     for (const std::string& each : LedgerSegment::names()) left = left || each == name;
-    std::printf("%llu operations of %llu processes x %llu threads in %.1f s, %llu killed; %llu refused, %llu granted\n",
-                static_cast<unsigned long long>(board.operations.load()),
-                static_cast<unsigned long long>(options["processes"]),
-                static_cast<unsigned long long>(options["threads"]), seconds,
-                static_cast<unsigned long long>(workers.killed()),
-                static_cast<unsigned long long>(board.refusals.load()),
-                static_cast<unsigned long long>(board.grants.load()));
+    std::printf(
+        "%llu operations of %llu processes x %llu threads in %.1f s, %llu killed; %llu refused, %llu granted\n",
+        static_cast<unsigned long long>(board.operations.load()), static_cast<unsigned long long>(options["processes"]),
+        static_cast<unsigned long long>(options["threads"]), seconds, static_cast<unsigned long long>(workers.killed()),
+        static_cast<unsigned long long>(board.refusals.load()), static_cast<unsigned long long>(board.grants.load()));
     std::printf("highest charge seen %llu of %llu, in %llu looks at the ledger and %llu beside it\n",
                 static_cast<unsigned long long>(seen.highest), static_cast<unsigned long long>(limit),
                 static_cast<unsigned long long>(seen.ledger_looks), static_cast<unsigned long long>(seen.board_looks));
@@ -347,7 +350,8 @@ int main(int count, char** words) {
         options.values[key] = std::strtoull(words[at + 1], nullptr, 10);
     }
     if (at != count || options["processes"] == 0 || options["processes"] > 60 || options["threads"] == 0) {
-        die("options are --operations, --processes (1 to 60), --threads, --kill-every-ms, --seed and --seconds, each with a "
+        die("options are --operations, --processes (1 to 60), --threads, --kill-every-ms, --seed and --seconds, each "
+            "with a "
             "number");
     }
     if (worker.empty()) return run(options);
