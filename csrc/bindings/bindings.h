@@ -17,6 +17,7 @@ void bind_errors(py::module_& module);
 void bind_stats(py::module_& module);
 void bind_pools(py::module_& module);
 void bind_tensors(py::module_& module);
+void bind_slots(py::module_& module);
 void bind_devices(py::module_& module);
 void bind_ways(py::module_& module);
 void bind_allocator(py::module_& module);

@@ -65,6 +65,7 @@ PYBIND11_MODULE(_core, module) {
     bind_stats(module);
     bind_pools(module);
     bind_tensors(module);
+    bind_slots(module);
     bind_devices(module);
     bind_ways(module);
     bind_allocator(module);
