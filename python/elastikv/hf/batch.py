@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -254,14 +253,33 @@ class Batch:
                     for target, source in pairs:
                         target.copy_(source)
             slots.set_lengths(rows, lengths)
-            other.adopt(self.size, self.length, self.padding)
+            other.size = other._rows = self.size
+            other.length, other.padding = self.length, list(self.padding)
         other._closed = self._closed
         return other
 
-    def adopt(self, size: int, length: int, padding: Sequence[int]) -> None:
-        """The slots' rows were written by steps of others: that is how they stand now."""
-        self.size = self._rows = size
-        self.length, self.padding = length, list(padding)
+    def start_rows(self, size: int, dtype: torch.dtype) -> None:
+        """Before steps of others write to the slots' first rows: checks the number, and reserves addresses."""
+        self.require_whole_steps()
+        if self._closed:
+            raise InvalidArgument("this ElasticCache was closed")
+        if size > self.max_batch:
+            raise InvalidArgument(f"a batch of {size} does not fit a cache of max_batch={self.max_batch}")
+        if self.size not in (0, size):
+            raise InvalidArgument(f"the cache holds a batch of {self.size}, not of {size}")
+        if not self.geometry.plain or self.geometry.shapes is None:
+            raise InvalidArgument(
+                "this model's attention does not compute with what its cache holds: use model.generate"
+            )
+        if self._slots.tensor is None or (self.size == 0 and self._slots.dtype != dtype):
+            self._slots.allocate(self.geometry.shapes, dtype)
+
+    def adopt_rows(self, size: int, length: int) -> None:
+        """Steps of others have written to the first rows: they have seen so many tokens, padding among them."""
+        lengths = self._slots.lengths[:size]
+        self.size = self._rows = size if max(lengths, default=0) else 0
+        self.length = max(length, max(lengths, default=0)) if self.size else 0
+        self.padding = [self.length - held for held in lengths] if self.size else []
 
     def require_whole_steps(self) -> None:
         if self._next_layer != 0:

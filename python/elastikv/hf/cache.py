@@ -17,6 +17,8 @@ from elastikv.hf.geometry import KVGeometry, kv_geometry
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from elastikv.hf.decoder import Decoder
+    from elastikv.hf.sampling import Sampling
     from elastikv.hf.slots import Slots
     from elastikv.hf.step import Step
 
@@ -161,6 +163,7 @@ class ElasticCache(Cache):
 
     def _serve(self, batch: Batch) -> None:
         self._batch = batch
+        self._decoders: dict[Any, Decoder] = {}
         windows = enumerate(batch.geometry.windows)
         super().__init__(layers=[ElasticLayer(self, index, window) for index, window in windows])
 
@@ -186,6 +189,27 @@ class ElasticCache(Cache):
     def slots(self) -> Slots:
         """The rows that hold the sequences, for engines."""
         return self._batch.slots
+
+    def decoder(self, model: Any, *, sampling: Sampling | None = None, capacity: int | None = None) -> Decoder:
+        """A decoder of the present batch for the model, or for the model compiled. Kept, with its graphs, by the cache.
+
+        capacity: the most new tokens of a sequence; by default as many as max_tokens leaves room for.
+        """
+        from elastikv.hf.decoder import Decoder
+        from elastikv.hf.sampling import Sampling
+
+        batch, sampling = self._batch, sampling or Sampling()
+        if batch.size == 0:
+            raise InvalidArgument("the cache is empty: run the prompts first")
+        wanted = capacity or max(1, batch.max_tokens + 1 - max(batch.slots.lengths[: batch.size]))
+        key = (id(model), batch.size, sampling.kind)
+        kept = self._decoders.get(key)
+        if kept is None or kept.model is not model or kept.stale or kept.capacity < wanted:
+            kept = Decoder(
+                model, batch.slots, range(batch.size), sampling=sampling, capacity=1 << (wanted - 1).bit_length()
+            )
+            self._decoders[key] = kept
+        return kept
 
     @property
     def resident_bytes(self) -> int:
@@ -241,6 +265,7 @@ class ElasticCache(Cache):
 
     def close(self) -> None:
         """As reset, and for good. May be called twice."""
+        self._decoders.clear()
         self._batch.close()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -32,6 +32,9 @@ class Slots:
     keys[layer] and values[layer] are windows ``[row * pitch + token, head, dim]`` over all addresses, of which only the
     front of each row may be touched: they are for kernels that are told the lengths. `view` gives exact views.
 
+    Rows have addresses for one token more than max_tokens: a place to write to for rows that take part in a step and
+    have ended.
+
     Memory errors leave everything as it was. Not thread-safe.
     """
 
@@ -68,7 +71,7 @@ class Slots:
         # Not inference tensors, so that both worlds may write to them.
         with torch.inference_mode(False):
             tensor = elastikv.SlotTensor(
-                self.model, self.rows, self.max_tokens, sum(shape.elements for shape in shapes), dtype
+                self.model, self.rows, self.max_tokens + 1, sum(shape.elements for shape in shapes), dtype
             )
             offset = 0
             keys, values = [], []

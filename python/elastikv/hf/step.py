@@ -242,7 +242,7 @@ class DecodeStep(Step):
         lengths = self.slots.device_lengths.index_select(0, self.device_rows)
         if self.slots.device.type == "cpu":
             self._ends = [int(length) + 1 for length in lengths.tolist()]
-        self._lengths = lengths
+        self.lengths = lengths
         positions = lengths.to(torch.int64)
         self._index = self._starts + positions
         self._seen = {}
@@ -269,7 +269,7 @@ class DecodeStep(Step):
         values.index_copy_(0, self._index, value.squeeze(2))
         if not self._takes_flash(layer, extras):
             if not self._ends or self.slots.device.type != "cpu":
-                self._ends = [int(length) + 1 for length in self._lengths.tolist()]
+                self._ends = [int(length) + 1 for length in self.lengths.tolist()]
             return self._attend_rows(layer, query, self._ends, scaling, window, extras)
         starts, lengths = self._visible(window)
         output = flash.attend(
@@ -281,14 +281,14 @@ class DecodeStep(Step):
 
     def commit(self) -> None:
         """The new tokens count from now on, on the device and on the host."""
-        self.slots.advance_on_device(self.device_rows, self._lengths + 1)
+        self.slots.advance_on_device(self.device_rows, self.lengths + 1)
         for row in self.rows:
             self.slots.lengths[row] += 1
 
     def _visible(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each row's visible keys begin, and how many there are. One token sees its window by a later start."""
         if window not in self._seen:
-            lengths, starts = self._lengths + 1, self._starts.to(torch.int32)
+            lengths, starts = self.lengths + 1, self._starts.to(torch.int32)
             if window is not None:
                 starts = starts + (lengths - window).clamp_(min=0)
                 lengths = lengths.clamp(max=window)
