@@ -31,7 +31,8 @@ class Decoder:
     """Takes rows of slots forward, one token a step and row, all on the device: sampling and stops too.
 
     On CUDA a step is the replay of a graph, captured once for each size class; lengths are read from device memory, and
-    memory is mapped between replays, ahead, by the pool's worker. On the CPU the same step runs eagerly.
+    memory is mapped between replays, ahead, by the pool's worker. On the CPU the same step runs eagerly, as it does for
+    models whose attention runs over views.
 
     model: a causal LM with attention 'elastikv', or such a one compiled. rows: those that step together, always in
     this order. capacity: the most new tokens of a row. The slots must have their addresses (`Slots.allocate`).
@@ -54,7 +55,7 @@ class Decoder:
         self.capacity = capacity
         self.generation = slots.generation
         count, device = len(self.rows), slots.device
-        self._on_gpu = device.type == "cuda"
+        self._on_gpu = self._graphed = device.type == "cuda"
         self._sampler = Sampler(self.sampling, device)
         self._step = DecodeStep(slots, self.rows, max_key=SMALLEST_CLASS)
         with torch.inference_mode(False):
@@ -132,12 +133,16 @@ class Decoder:
         self._room.make()
         self.slots.device_lengths  # noqa: B018 (brings the device's copy up to date, where others changed other rows)
         ended = self._ended_here.tolist()
-        if self._on_gpu:
-            self._graph().replay()
-            self._keep_up()
+        graph = self._graph() if self._graphed else None
+        if graph is not None:
+            graph.replay()
         else:
             with torch.inference_mode():
+                self._step.max_key = self._room.longest + 1
                 self._body()
+        self._steps += 1
+        if self._on_gpu:
+            self._keep_up()
         self._room.took(ended)
         return self.tokens
 
@@ -178,19 +183,23 @@ class Decoder:
         kept = torch.where(alive.unsqueeze(1), chosen.unsqueeze(1), self.history.gather(1, place))
         self.history.scatter_(1, place, kept)
         self.count.add_(alive)
-        self.ended.logical_or_(torch.isin(chosen, self._stops)).logical_or_(self.count >= self._limits)
+        self.ended.logical_or_((chosen.unsqueeze(1) == self._stops).any(1)).logical_or_(self.count >= self._limits)
         self.tokens.copy_(chosen.unsqueeze(1))
         self._ended_here.copy_(self.ended, non_blocking=True)
 
     # ---- graphs
 
-    def _graph(self) -> torch.cuda.CUDAGraph:
+    def _graph(self) -> torch.cuda.CUDAGraph | None:
+        """The graph for the present lengths; None for models that need the lengths on the host."""
         bound = size_class(self._room.longest + 1)
         if bound not in self._graphs:
-            self._graphs[bound] = self._capture(bound)
+            graph = self._capture(bound)
+            if graph is None:
+                return None
+            self._graphs[bound] = graph
         return self._graphs[bound]
 
-    def _capture(self, bound: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, bound: int) -> torch.cuda.CUDAGraph | None:
         """Runs the step once by itself, so that all it needs is loaded, undoes it, and captures it."""
         device, slots = self.slots.device, self.slots
         self._step.max_key = bound
@@ -206,6 +215,9 @@ class Decoder:
             for each, saved in zip(state, before):
                 each.copy_(saved)
             self._sampler.generator.set_state(draws)
+            if self._step.over_views:  # attention has said why
+                self._graphed = False
+                return None
             if self._graph_memory is None:
                 self._graph_memory = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
@@ -221,7 +233,6 @@ class Decoder:
 
     def _keep_up(self) -> None:
         """Waits where the host is too far ahead, or rows that ended would go on for long."""
-        self._steps += 1
         if self._steps % LEAD == 0:
             if self._marks:
                 self._marks.pop(0).synchronize()

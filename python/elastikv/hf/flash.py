@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
 LARGEST_HEAD = 256
+#: The op takes the places of rows as int32.
+MOST_TOKENS = (1 << 31) - 1
 
 
 @cache
@@ -14,6 +17,10 @@ def takes_lengths() -> bool:
     """Whether this torch's flash op has ``seqused_k``: lengths that are read on the device."""
     schema = torch.ops.aten._flash_attention_forward.default._schema
     return any(argument.name == "seqused_k" for argument in schema.arguments)
+
+
+def _op() -> Any:
+    return torch.ops.aten._flash_attention_forward
 
 
 @cache
@@ -58,7 +65,7 @@ def attend(
     doubled = max_query == 1 and heads == keys.shape[1] and window is None
     if doubled:
         query = query.repeat_interleave(2, dim=1)
-    output: torch.Tensor = torch.ops.aten._flash_attention_forward(
+    output: torch.Tensor = _op()(
         query,
         keys,
         values,

@@ -34,6 +34,8 @@ def prefill(
     logits = torch.empty(0)
     for begin in range(0, tokens.shape[1], chunk):
         part = slice(begin, begin + chunk)
+        if not real[:, part].any():
+            continue
         step = RaggedStep(slots, rows, real=real[:, part])
         logits = run_step(model, step, tokens[:, part], step.positions())
         step.commit()

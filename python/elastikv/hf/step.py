@@ -59,7 +59,9 @@ class Step:
     def _takes_flash(self, layer: int, extras: Extras | None) -> bool:
         shape, slots = self.slots.shapes[layer], self.slots
         assert slots.dtype is not None
-        return not extras and not flash.why_not(slots.device, slots.dtype, shape.key_dim, shape.value_dim)
+        if extras or slots.rows * slots.pitch > flash.MOST_TOKENS:
+            return False
+        return not flash.why_not(slots.device, slots.dtype, shape.key_dim, shape.value_dim)
 
     def _check(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Refuses states that do not fit the slots."""
@@ -147,13 +149,8 @@ class RaggedStep(Step):
             index = index[chosen]
             self._select = upload(chosen, device)
         self._index = upload(index, device)
-        if device.type == "cuda":
-            ends = torch.tensor([0, *itertools.accumulate(self.counts)])
-            plan = upload(torch.cat([ends, starts, starts[-1:], torch.tensor(self.after)]), device).to(torch.int32)
-            count = len(self.rows)
-            self._query_starts = plan[: count + 1]
-            self._key_starts = plan[count + 1 : 2 * count + 2]
-            self._ends = plan[2 * count + 2 :]
+        self._starts = starts
+        self._lengths: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def commit(self) -> None:
         """The new tokens count from now on."""
@@ -184,15 +181,25 @@ class RaggedStep(Step):
         values.index_copy_(0, self._index, self._tokens(value))
         if not self._takes_flash(layer, extras):
             return self._over_views(layer, query, scaling, window, extras)
+        query_starts, key_starts, ends = self._plan()
         output = flash.attend(
             self._tokens(query), keys, values,
-            query_starts=self._query_starts, key_starts=self._key_starts, lengths=self._ends,
+            query_starts=query_starts, key_starts=key_starts, lengths=ends,
             max_query=max(self.counts), max_key=max(self.after), scaling=scaling, window=window,
         )  # fmt: skip
         if self._select is not None:
             padded = output.new_zeros(len(self.rows) * self.width, *output.shape[1:])
             output = padded.index_copy_(0, self._select, output)
         return output.reshape(len(self.rows), self.width, *output.shape[1:])
+
+    def _plan(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where each row's queries and keys begin, and how many keys it has then; sent to the device once."""
+        if self._lengths is None:
+            ends = torch.tensor([0, *itertools.accumulate(self.counts)])
+            numbers = torch.cat([ends, self._starts, self._starts[-1:], torch.tensor(self.after)])
+            plan, count = upload(numbers, self.slots.device).to(torch.int32), len(self.rows)
+            self._lengths = (plan[: count + 1], plan[count + 1 : 2 * count + 2], plan[2 * count + 2 :])
+        return self._lengths
 
     def _tokens(self, states: torch.Tensor) -> torch.Tensor:
         """The real tokens of ``[row, head, token, dim]``, one after another: ``[token, head, dim]``."""
@@ -234,14 +241,14 @@ class DecodeStep(Step):
             self.device_rows = upload(self.rows, device)
             self._starts = upload([row * slots.pitch for row in self.rows], device)
             self._query_starts = torch.arange(len(self.rows) + 1, dtype=torch.int32, device=device)
+        self.over_views = False  # whether some layer needed the lengths on the host, which no graph can hold
         self._ends: list[int] = []  # on the host, for views
         self._seen: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def begin(self) -> torch.Tensor:
         """Reads the lengths; returns the new tokens' positions, ``[row, 1]``. To be called before each pass."""
         lengths = self.slots.device_lengths.index_select(0, self.device_rows)
-        if self.slots.device.type == "cpu":
-            self._ends = [int(length) + 1 for length in lengths.tolist()]
+        self._ends = []
         self.lengths = lengths
         positions = lengths.to(torch.int64)
         self._index = self._starts + positions
@@ -268,7 +275,8 @@ class DecodeStep(Step):
         keys.index_copy_(0, self._index, key.squeeze(2))
         values.index_copy_(0, self._index, value.squeeze(2))
         if not self._takes_flash(layer, extras):
-            if not self._ends or self.slots.device.type != "cpu":
+            self.over_views = True
+            if not self._ends:
                 self._ends = [int(length) + 1 for length in self.lengths.tolist()]
             return self._attend_rows(layer, query, self._ends, scaling, window, extras)
         starts, lengths = self._visible(window)
