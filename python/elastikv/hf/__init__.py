@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from elastikv.hf.attention import register
     from elastikv.hf.cache import ElasticCache
     from elastikv.hf.decoder import Decoder
     from elastikv.hf.generation import generate
     from elastikv.hf.sampling import Sampling
     from elastikv.hf.slots import Slots
 
-__all__ = ["Decoder", "ElasticCache", "Sampling", "Slots", "generate"]
+__all__ = ["Decoder", "ElasticCache", "Sampling", "Slots", "generate", "register"]
 
 _HOMES = {
     "Decoder": "decoder",
@@ -19,6 +20,7 @@ _HOMES = {
     "Sampling": "sampling",
     "Slots": "slots",
     "generate": "generation",
+    "register": "attention",
 }
 
 

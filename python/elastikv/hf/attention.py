@@ -1,7 +1,7 @@
 """The attention function `elastikv`, and the mask function beside it: no masks, lengths come from the cache.
 
 `register` makes both known to transformers, so that ``model.set_attn_implementation("elastikv")`` finds them. That
-happens when an ElasticCache is first imported: nobody else pays for it.
+happens with the first import of anything from elastikv.hf: nobody else pays for it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger("elastikv.hf")
 
 
 def register() -> None:
-    """Makes the functions known to transformers. May be called again."""
+    """Makes the functions known to transformers, as importing ElasticCache does. May be called again."""
     AttentionInterface.register(NAME, elastikv_attention)
     AttentionMaskInterface.register(NAME, elastikv_mask)
 
