@@ -11,35 +11,14 @@ import elastikv
 
 transformers = pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig  # noqa: E402
 
-from elastikv.hf import Decoder, ElasticCache, Sampling, Slots, generate  # noqa: E402
+from elastikv.hf import Decoder, ElasticCache, Slots, generate  # noqa: E402
 from elastikv.hf.decoder import SMALLEST_CLASS, size_class  # noqa: E402
-from elastikv.hf.forward import cache_argument, run_step  # noqa: E402
+from elastikv.hf.forward import cache_argument  # noqa: E402
 from elastikv.hf.generation import prefill  # noqa: E402
 from elastikv.hf.geometry import kv_geometry  # noqa: E402
 from elastikv.hf.room import SLACK  # noqa: E402
-from elastikv.hf.sampling import Sampler  # noqa: E402
-from elastikv.hf.step import DecodeStep, RaggedStep  # noqa: E402
-
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-}
-CONFIGS = {
-    "gqa": LlamaConfig(**SIZES),
-    "mha": LlamaConfig(**{**SIZES, "num_key_value_heads": 4}),
-    "sliding": MistralConfig(**SIZES, sliding_window=7),
-}
+from hf_networks import CONFIGS, agree, make_network, prompts, reference  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -69,39 +48,6 @@ def network(request, device):
 @pytest.fixture
 def llama(device):
     return make_network("gqa", device)
-
-
-def make_network(name: str, device: str):
-    """float32 on the CPU; bfloat16 on the GPU, where the flash op computes in nothing wider."""
-    torch.manual_seed(4)
-    config = copy.deepcopy(CONFIGS[name])
-    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="elastikv")
-    return network.to(device, torch.float32 if device == "cpu" else torch.bfloat16).eval()
-
-
-def prompts(device: str, batch: int = 3, length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(8)
-    tokens = torch.randint(3, 128, (batch, length), generator=generator).to(device)
-    mask = torch.ones_like(tokens)
-    for row in range(batch):
-        mask[row, : (5 * row) % length] = 0
-    return tokens * mask, mask
-
-
-def reference(network, tokens, mask, new, **options):
-    """What transformers answers, by the same attention over a DynamicCache."""
-    options = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0, **options}
-    cache = DynamicCache(config=network.config)
-    return network.generate(tokens, attention_mask=mask, **{cache_argument(type(network)): cache}, **options)
-
-
-def agree(ours: torch.Tensor, theirs: torch.Tensor, device: str) -> None:
-    """The same tokens; in bfloat16 two ways of adding up may part where two tokens are equally likely."""
-    if device == "cpu":
-        assert torch.equal(ours, theirs)
-    else:
-        width = min(ours.shape[1], theirs.shape[1])
-        assert (ours[:, :width] == theirs[:, :width]).float().mean() > 0.5
 
 
 # ---- generate
@@ -322,109 +268,6 @@ def test_other_addresses_need_another_decoder(llama, device, model):
     assert decoder.stale
     with pytest.raises(elastikv.InvalidArgument, match="make a new decoder"):
         decoder.start(torch.randn(3, 128, device=device), limits=[1, 1, 1])
-
-
-# ---- sampling
-
-
-def test_the_same_seed_gives_the_same_answer(llama, device, model):
-    tokens, mask = prompts(device)
-    options = {"attention_mask": mask, "max_new_tokens": 16, "temperature": 1.5, "stop": ()}
-    cache = ElasticCache(llama.config, model=model, max_batch=3, max_tokens=64)
-    answers = []
-    for seed in (1, 1, 2):
-        answers.append(generate(llama, tokens, cache, seed=seed, **options))
-        cache.reset()
-    torch.manual_seed(3)
-    answers.append(generate(llama, tokens, cache, **options))
-    cache.reset()
-    torch.manual_seed(3)
-    answers.append(generate(llama, tokens, cache, **options))
-    assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
-    assert torch.equal(answers[3], answers[4])
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(0.7),
-        Sampling(1.0, top_k=3),
-        Sampling(1.3, top_p=0.6),
-        Sampling(0.9, top_k=4, top_p=0.8),
-        Sampling(1.0, top_k=99),
-    ],
-)
-def test_draws_follow_the_shares(device, sampling):
-    logits = torch.tensor([2.0, -1.0, 1.0, 0.5, 1.7, -3.0], device=device)
-    scores = logits / sampling.temperature
-    if sampling.top_k is not None:
-        least = scores.sort(descending=True).values[min(sampling.top_k, 6) - 1]
-        scores = scores.masked_fill(scores < least, -torch.inf)
-    shares = scores.softmax(-1)
-    if sampling.top_p is not None:
-        order = shares.argsort(descending=True)
-        before = shares[order].cumsum(-1) - shares[order]
-        shares[order] = shares[order].masked_fill(before >= sampling.top_p, 0)
-        shares /= shares.sum()
-    sampler = Sampler(sampling, torch.device(device))
-    sampler.set(sampling, seed=12)
-    draws = sampler(logits.expand(20000, 6))
-    found = torch.bincount(draws, minlength=6) / 20000
-    assert torch.equal(found == 0, shares == 0) or (found[shares == 0] == 0).all()
-    assert (found - shares).abs().max() < 0.02
-
-
-def test_greedy_takes_the_likeliest(device):
-    sampler = Sampler(Sampling(), torch.device(device))
-    assert sampler(torch.tensor([[0.0, 3.0, 1.0], [9.0, 3.0, 1.0]], device=device)).tolist() == [1, 0]
-    with pytest.raises(elastikv.InvalidArgument, match="was made for"):
-        sampler.set(Sampling(1.0))
-
-
-# ---- steps
-
-
-@pytest.mark.parametrize("left", [True, False])
-def test_ragged_steps_store_what_is_real(llama, device, model, left):
-    slots = Slots(kv_geometry(llama.config), model=model, rows=4, max_tokens=64, dtype=llama.dtype)
-    tokens = torch.randint(3, 128, (3, 6), generator=torch.Generator().manual_seed(1)).to(device)
-    counts = [6, 2, 0]
-    with torch.inference_mode():
-        step = RaggedStep(slots, [3, 0, 1], counts, left=left)
-        logits = run_step(llama, step, tokens, step.positions(), last_only=False)
-        step.commit()
-        assert slots.lengths == [2, 0, 0, 6] and slots.device_lengths.tolist() == slots.lengths
-        for row, count in enumerate(counts[:2]):
-            part = slice(6 - count, None) if left else slice(0, count)
-            alone = llama(tokens[row : row + 1, part], use_cache=False).logits
-            torch.testing.assert_close(logits[row, part], alone[0], rtol=0.02, atol=0.05 if device != "cpu" else 1e-4)
-        decode = DecodeStep(slots, [0, 3], max_key=64)
-        new = tokens[:2, :1]
-        both = run_step(llama, decode, new, decode.begin())
-        decode.commit()
-    assert slots.lengths == [3, 0, 0, 7] and slots.device_lengths.tolist() == slots.lengths
-    front = tokens[1, -2:] if left else tokens[1, :2]
-    with torch.inference_mode():
-        alone = llama(torch.cat([front, new[0]])[None], use_cache=False).logits[0, -1]
-    torch.testing.assert_close(both[0, -1], alone, rtol=0.02, atol=0.05 if device != "cpu" else 1e-4)
-
-
-def test_steps_refuse_what_is_wrong(llama, device, model):
-    slots = Slots(kv_geometry(llama.config), model=model, rows=3, max_tokens=8, dtype=llama.dtype)
-    for rows, counts in (([], []), ([0, 0], [1, 1]), ([3], [1]), ([0], [1, 2]), ([0], [-1])):
-        with pytest.raises(elastikv.InvalidArgument):
-            RaggedStep(slots, rows, counts)
-    with pytest.raises(elastikv.InvalidArgument, match=r"0 \+ 9 tokens do not fit"):
-        RaggedStep(slots, [0, 1], [1, 9])
-    assert slots.tensor.claimed_bytes == 0
-    row = slots.acquire()
-    assert (row, slots.acquire(), slots.acquire()) == (0, 1, 2)
-    with pytest.raises(elastikv.InvalidArgument, match="all 3 slots are taken"):
-        slots.acquire()
-    slots.release(1)
-    with pytest.raises(elastikv.InvalidArgument, match="slot 1 is not taken"):
-        slots.release(1)
-    assert slots.acquire() == 1
 
 
 # ---- compiled
