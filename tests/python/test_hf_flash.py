@@ -72,7 +72,7 @@ def model(device, page_size):
 
 
 def dtype_of(device: str) -> torch.dtype:
-    return torch.float32 if device == "cpu" else torch.bfloat16
+    return torch.float32 if device == "cpu" else torch.float16
 
 
 def states(heads: int, rows: int, tokens: int, dim: int, device: str, dtype, seed: int) -> torch.Tensor:

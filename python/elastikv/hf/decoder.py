@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Attention's cost follows from the longest row that it is told of: graphs are by powers of two of it, from here on.
 SMALLEST_CLASS = 1024
 #: The host runs at most so many steps ahead of the device.
-LEAD = 16
+LEAD = 4
 
 
 def size_class(tokens: int) -> int:
@@ -138,7 +138,7 @@ class Decoder:
             graph.replay()
         else:
             with torch.inference_mode():
-                self._step.max_key = self._room.longest + 1
+                self._step.max_key = size_class(self._room.longest + 1)
                 self._body()
         self._steps += 1
         if self._on_gpu:
@@ -215,6 +215,7 @@ class Decoder:
             for each, saved in zip(state, before):
                 each.copy_(saved)
             self._sampler.generator.set_state(draws)
+            self._ended_here.copy_(self.ended)  # waits
             if self._step.over_views:  # attention has said why
                 self._graphed = False
                 return None
@@ -226,8 +227,6 @@ class Decoder:
             # The pool's worker goes on mapping memory meanwhile, which only this mode lets other threads do.
             with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
                 self._body()
-            torch.cuda.synchronize()
-            self._ended_here.copy_(self.ended)
         self.captures += 1
         return graph
 

@@ -83,7 +83,8 @@ def generate(
     begin = int(new.any(0).nonzero()[0])
     with torch.inference_mode():
         try:
-            logits = prefill(model, batch.slots, range(count), inputs[:, begin:], new[:, begin:], chunk=chunk)
+            original = getattr(model, "_orig_mod", model)  # prompts have any length: not worth compiling for
+            logits = prefill(original, batch.slots, range(count), inputs[:, begin:], new[:, begin:], chunk=chunk)
         finally:
             batch.adopt_rows(count, 0)
         decoder = cache.decoder(model, sampling=sampling, capacity=max_new_tokens)

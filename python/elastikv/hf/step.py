@@ -135,6 +135,8 @@ class RaggedStep(Step):
             real = place >= width - number if left else place < number
         self.width = int(real.shape[1])
         self.counts: list[int] = real.sum(1).tolist()
+        if max(self.counts) == 0:
+            raise InvalidArgument("a step needs at least one token that is not padding")
         slots.reserve(self.rows, self.counts)
         self.before = [slots.lengths[row] for row in self.rows]
         self.after = [length + count for length, count in zip(self.before, self.counts)]
