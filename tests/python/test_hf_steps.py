@@ -9,12 +9,14 @@ import elastikv
 
 pytest.importorskip("transformers")
 
-from elastikv.hf import ElasticCache, Sampling, Slots, generate
+from elastikv.hf import Decoder, ElasticCache, Sampling, Slots, generate
 from elastikv.hf.forward import run_step
+from elastikv.hf.generation import prefill
 from elastikv.hf.geometry import kv_geometry
+from elastikv.hf.lean import Lean
 from elastikv.hf.sampling import Sampler
 from elastikv.hf.step import DecodeStep, RaggedStep
-from hf_networks import make_network, prompts
+from hf_networks import agree, make_network, prompts, reference
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +41,47 @@ def model(shared):
 @pytest.fixture
 def llama(device):
     return make_network("gqa", device)
+
+
+# ---- fewer kernels
+
+
+def test_lean_norms_give_the_same(llama, device):
+    lean = Lean(llama)
+    assert len(lean) == 3 * 2 + 1
+    tokens, _ = prompts(device)
+    with torch.inference_mode():
+        wanted = llama(tokens, use_cache=False).logits
+        with lean:
+            found = llama(tokens, use_cache=False).logits
+        again = llama(tokens, use_cache=False).logits
+    assert torch.equal(again, wanted) and not any("forward" in module.__dict__ for module in llama.modules())
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.05 if device != "cpu" else 1e-4)
+
+
+def test_norms_of_other_kinds_stay(device):
+    class OddRMSNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.rand(8)), 1e-6
+
+        def forward(self, states):
+            return states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+    assert len(Lean(torch.nn.Sequential(OddRMSNorm(), torch.nn.LayerNorm(8)).to(device))) == 0
+
+
+def test_a_lean_decoder(llama, device, model):
+    slots = Slots(kv_geometry(llama.config), model=model, rows=3, max_tokens=64, dtype=llama.dtype)
+    tokens, mask = prompts(device)
+    with torch.inference_mode():
+        logits = prefill(llama, slots, range(3), tokens, mask.bool().cpu())
+    decoder = Decoder(llama, slots, range(3), capacity=12, lean=True)
+    decoder.start(logits, limits=[12] * 3)
+    while not decoder.all_ended:
+        decoder.step()
+    decoder.finish()
+    agree(decoder.history[:, :12], reference(llama, tokens, mask, 12, min_new_tokens=12)[:, 12:], device)
 
 
 # ---- sampling

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from elastikv.errors import InvalidArgument
+from elastikv.hf.attention import logger
 from elastikv.hf.forward import require_attention, run_step
+from elastikv.hf.lean import Lean
 from elastikv.hf.room import Room
 from elastikv.hf.sampling import Sampler, Sampling
 from elastikv.hf.step import DecodeStep
@@ -35,15 +38,24 @@ class Decoder:
     models whose attention runs over views.
 
     model: a causal LM with attention 'elastikv', or such a one compiled. rows: those that step together, always in
-    this order. capacity: the most new tokens of a row. The slots must have their addresses (`Slots.allocate`).
+    this order. capacity: the most new tokens of a row. lean: RMS norms as one kernel each (`Lean`), by default on CUDA.
+    The slots must have their addresses (`Slots.allocate`).
 
     Not thread-safe. Everything runs on torch's current stream.
     """
 
     def __init__(
-        self, model: Any, slots: Slots, rows: Sequence[int], *, sampling: Sampling | None = None, capacity: int
+        self,
+        model: Any,
+        slots: Slots,
+        rows: Sequence[int],
+        *,
+        sampling: Sampling | None = None,
+        capacity: int,
+        lean: bool | None = None,
     ) -> None:
-        require_attention(getattr(model, "_orig_mod", model))
+        compiled = hasattr(model, "_orig_mod")
+        require_attention(model._orig_mod if compiled else model)
         if slots.tensor is None:
             raise InvalidArgument("these slots have no addresses yet: write to them first, or give a dtype")
         if capacity < 1:
@@ -57,6 +69,8 @@ class Decoder:
         count, device = len(self.rows), slots.device
         self._on_gpu = self._graphed = device.type == "cuda"
         self._sampler = Sampler(self.sampling, device)
+        lean = self._on_gpu if lean is None else lean
+        self._lean: Any = Lean(model) if lean and not compiled else contextlib.nullcontext()  # a compiler fuses more
         self._step = DecodeStep(slots, self.rows, max_key=SMALLEST_CLASS)
         with torch.inference_mode(False):
             integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
@@ -170,7 +184,8 @@ class Decoder:
     def _body(self) -> None:
         """What a graph holds. Reads and writes nothing but device memory."""
         positions = self._step.begin()
-        logits = run_step(self.model, self._step, self.tokens, positions)[:, -1]
+        with self._lean:
+            logits = run_step(self.model, self._step, self.tokens, positions)[:, -1]
         grown = self._step.lengths + ~self.ended  # the token that went in is stored now
         self.slots.advance_on_device(self._step.device_rows, grown)
         self._take(self._sampler(logits))
@@ -224,9 +239,15 @@ class Decoder:
             graph = torch.cuda.CUDAGraph()
             if not self.sampling.kind[0]:
                 graph.register_generator_state(self._sampler.generator)
-            # The pool's worker goes on mapping memory meanwhile, which only this mode lets other threads do.
-            with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
-                self._body()
+            try:
+                # The pool's worker goes on mapping memory meanwhile, which only this mode lets other threads do.
+                with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+                    self._body()
+            except RuntimeError as refused:  # say, experts that are chosen on the host
+                torch.cuda.set_stream(here)
+                logger.warning("this model can't be captured in a graph, so it decodes eagerly: %s", refused)
+                self._graphed = False
+                return None
         self.captures += 1
         return graph
 
