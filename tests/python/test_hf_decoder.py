@@ -203,6 +203,45 @@ def test_limits_are_by_row(llama, device, model):
             decoder.start(torch.randn(3, 128, device=device), limits=limits)
 
 
+def test_sequences_join_and_leave_between_steps(llama, device, model):
+    """One decoder of two places serves five prompts, each as if it were alone."""
+    slots = Slots(kv_geometry(llama.config), model=model, rows=4, max_tokens=128, dtype=llama.dtype)
+    decoder = Decoder(llama, slots, [slots.idle_row] * 2, capacity=32)
+    waiting = [(prompts(device, 1, 4 + 3 * number)[0], 5 + 4 * number) for number in range(5)]
+    running: dict[int, tuple[int, int]] = {}
+    answers: dict[int, torch.Tensor] = {}
+    number = 0
+    for _ in range(80):
+        while number < 5 and len(running) < 2:
+            tokens, limit = waiting[number]
+            row, index = slots.acquire(), next(index for index in range(2) if index not in running)
+            with torch.inference_mode():
+                logits = prefill(llama, slots, [row], tokens, torch.ones(tokens.shape, dtype=torch.bool))
+            decoder.put(index, row, int(logits.argmax()), limit)
+            running[index] = (number, row)
+            number += 1
+        decoder.step()
+        for index, (which, row) in list(running.items()):
+            if bool(decoder.ended[index]):
+                answers[which] = decoder.history[index].clone()
+                assert decoder.drop(index) == waiting[which][1]
+                assert slots.lengths[row] == waiting[which][0].shape[1] + waiting[which][1] - 1
+                slots.release(row)
+                del running[index]
+    assert sorted(answers) == [0, 1, 2, 3, 4] and slots.lengths == [0] * 4
+    for which, (tokens, limit) in enumerate(waiting):
+        alone = generate(
+            llama, tokens, ElasticCache(llama.config, model=model, max_tokens=64), max_new_tokens=limit, stop=()
+        )
+        agree(torch.cat([tokens, answers[which][None, :limit]], 1), alone, device)
+    assert decoder.captures == (0 if device == "cpu" else 1)
+    for wrong in ((2, 0, 5, 1), (0, 9, 5, 1), (0, 0, 5, 33), (0, 0, 5, 0)):
+        with pytest.raises(elastikv.InvalidArgument):
+            decoder.put(*wrong)
+    with pytest.raises(elastikv.InvalidArgument, match="place 0 of 2 is free"):
+        decoder.drop(0)
+
+
 def test_steady_decode_makes_no_driver_call(llama, device, model):
     decoder, *_ = start(llama, model, device, capacity=2048, max_tokens=4096)
     quiet = 0

@@ -38,8 +38,8 @@ class Decoder:
     models whose attention runs over views.
 
     model: a causal LM with attention 'elastikv', or such a one compiled. rows: those that step together, always in
-    this order. capacity: the most new tokens of a row. lean: RMS norms as one kernel each (`Lean`), by default on CUDA.
-    The slots must have their addresses (`Slots.allocate`).
+    this order; `Slots.idle_row` for places that `put` fills later. capacity: the most new tokens of a row. lean: RMS
+    norms as one kernel each (`Lean`), by default on CUDA. The slots must have their addresses (`Slots.allocate`).
 
     Not thread-safe. Everything runs on torch's current stream.
     """
@@ -113,7 +113,7 @@ class Decoder:
         """
         if self.stale:
             raise InvalidArgument("the slots' addresses have changed: make a new decoder")
-        room = [self.slots.max_tokens + 1 - self.slots.lengths[row] for row in self.rows]
+        room = [self.slots.max_tokens + 1 - self._length(row) for row in self.rows]
         for row, limit, most in zip(self.rows, limits, room):
             if not 1 <= limit <= min(self.capacity, most):
                 raise InvalidArgument(
@@ -136,8 +136,54 @@ class Decoder:
             self._take(self._sampler(logits))
             self._room = self._new_room(limits)
             self._steps = 0
-            if self._on_gpu:
-                torch.cuda.current_stream(self.slots.device).synchronize()
+            self._wait()
+
+    def put(self, index: int, row: int, token: int, limit: int) -> None:
+        """A sequence joins between steps: place ``index`` goes on with this row, whose next token is known.
+
+        limit: the most new tokens, that one among them. The graphs stay. Waits for the device.
+        """
+        if self.stale or not 0 <= index < len(self.rows) or self.rows[index] != self.slots.idle_row:
+            raise InvalidArgument(f"place {index} of {len(self.rows)} is not free, or the slots have moved")
+        if row in self.rows or not 0 <= row < self.slots.rows:
+            raise InvalidArgument(f"slot {row} is not one of 0 to {self.slots.rows - 1} that this decoder lacks")
+        used = self._length(row)
+        if not 1 <= limit <= min(self.capacity, self.slots.max_tokens + 1 - used):
+            raise InvalidArgument(
+                f"{limit} new tokens for slot {row}: it holds {used} of {self.slots.max_tokens}, and the decoder has "
+                f"room for {self.capacity}"
+            )
+        self._wait()
+        with torch.inference_mode():
+            self._step.set_row(index, row)
+            self.tokens[index] = token
+            self.history[index].fill_(self._pad)
+            self.history[index, 0] = token
+            self.count[index] = 1
+            self._limits[index] = limit
+            self.ended[index] = limit == 1
+            self._ended_here[index] = limit == 1
+        self.rows[index] = row
+        self._room.set_row(index, row, used, used + limit - 1)
+
+    def drop(self, index: int) -> int:
+        """A sequence leaves between steps; its place is free. Returns its new tokens. Waits for the device."""
+        if not 0 <= index < len(self.rows) or self.rows[index] == self.slots.idle_row:
+            raise InvalidArgument(f"place {index} of {len(self.rows)} is free")
+        row = self.rows[index]
+        self._wait()
+        self.slots.lengths[row] = int(self.slots.device_lengths[row])
+        with torch.inference_mode():
+            self.ended[index] = True
+            self._ended_here[index] = True
+            self._step.set_row(index, self.slots.idle_row)
+        self.rows[index] = self.slots.idle_row
+        self._room.set_row(index, self.slots.idle_row, 0, 0)
+        return int(self.count[index])
+
+    def _wait(self) -> None:
+        if self._on_gpu:
+            torch.cuda.current_stream(self.slots.device).synchronize()
 
     def step(self) -> torch.Tensor:
         """One more token for each row that has not ended; returns `tokens`, ``[row, 1]``, which the next step changes.
@@ -145,7 +191,7 @@ class Decoder:
         Raises OutOfPhysicalMemory before anything has happened: `step` may be called again.
         """
         self._room.make()
-        self.slots.device_lengths  # noqa: B018 (brings the device's copy up to date, where others changed other rows)
+        self.slots.device_lengths  # noqa: B018 (brings them up to date, where others changed other rows)
         ended = self._ended_here.tolist()
         graph = self._graph() if self._graphed else None
         if graph is not None:
@@ -169,15 +215,18 @@ class Decoder:
         """Waits for the device; the slots' lengths are right on the host again. Returns the new tokens by row."""
         lengths = self.slots.device_lengths.tolist()
         for row in self.rows:
-            self.slots.lengths[row] = lengths[row]
+            if row != self.slots.idle_row:
+                self.slots.lengths[row] = lengths[row]
         self._room = self._new_room([1] * len(self.rows))
         return [int(count) for count in self.count.tolist()]
 
     def _new_room(self, limits: Sequence[int]) -> Room:
         # The last new token is not stored.
-        return Room(
-            self.slots, self.rows, [self.slots.lengths[row] + limit - 1 for row, limit in zip(self.rows, limits)]
-        )
+        used = [self._length(row) for row in self.rows]
+        return Room(self.slots, self.rows, used, [length + limit - 1 for length, limit in zip(used, limits)])
+
+    def _length(self, row: int) -> int:
+        return 0 if row == self.slots.idle_row else self.slots.lengths[row]
 
     # ---- one step
 
@@ -218,7 +267,7 @@ class Decoder:
         """Runs the step once by itself, so that all it needs is loaded, undoes it, and captures it."""
         device, slots = self.slots.device, self.slots
         self._step.max_key = bound
-        state = [self.tokens, self.count, self.ended, self.history, slots.device_lengths]
+        state = [self.tokens, self.count, self.ended, self.history, slots.device_lengths]  # the idle row keeps its 0
         with torch.inference_mode(), torch.cuda.device(device):
             before = [each.clone() for each in state]
             draws = self._sampler.generator.get_state()

@@ -22,11 +22,11 @@ class Room:
     bounds: what the rows grow to at most; beside that they have a place to write to once they have ended.
     """
 
-    def __init__(self, slots: Slots, rows: Sequence[int], bounds: Sequence[int]) -> None:
+    def __init__(self, slots: Slots, rows: Sequence[int], used: Sequence[int], bounds: Sequence[int]) -> None:
         self._slots = slots
         self._rows = list(rows)
         self._bounds = list(bounds)
-        self.used = [slots.lengths[row] for row in self._rows]
+        self.used = list(used)
         self._ahead = [0] * len(self._rows)  # what the worker was asked to map
         self._steps = 0  # so many more steps have room
 
@@ -51,13 +51,22 @@ class Room:
         held = [tensor.resident(row) for row in self._rows]
         self._steps = min(tokens - used for tokens, used in zip(held, self.used))
         # What the next claim may ask for must be on its way already; then an eighth more, so that extents are few.
-        late = [index for index, tokens in enumerate(held) if self._ahead[index] < tokens + SLACK]
+        late = [
+            index
+            for index, tokens in enumerate(held)
+            if self._ahead[index] < tokens + SLACK and tokens <= self._bounds[index]
+        ]
         for index in late:
             used = self.used[index]
             self._ahead[index] = min(max(held[index] + 2 * SLACK, used + SLACK + used // 8), tensor.max_tokens)
         late = [index for index in late if self._ahead[index] > held[index]]
         if late:
             tensor.prefetch([self._rows[index] for index in late], [self._ahead[index] for index in late])
+
+    def set_row(self, index: int, row: int, used: int, bound: int) -> None:
+        """Another row in this place."""
+        self._rows[index], self.used[index], self._bounds[index], self._ahead[index] = row, used, bound, 0
+        self._steps = 0
 
     def took(self, ended: Sequence[bool]) -> None:
         """A step ran; rows that had ended before it did not grow."""

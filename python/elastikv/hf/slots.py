@@ -33,7 +33,7 @@ class Slots:
     front of each row may be touched: they are for kernels that are told the lengths. `view` gives exact views.
 
     Rows have addresses for one token more than max_tokens: a place to write to for rows that take part in a step and
-    have ended.
+    have ended. And there is one row more, `idle_row`, for places in a step that no sequence takes; it stays empty.
 
     Memory errors leave everything as it was. Not thread-safe.
     """
@@ -71,7 +71,7 @@ class Slots:
         # Not inference tensors, so that both worlds may write to them.
         with torch.inference_mode(False):
             tensor = elastikv.SlotTensor(
-                self.model, self.rows, self.max_tokens + 1, sum(shape.elements for shape in shapes), dtype
+                self.model, self.rows + 1, self.max_tokens + 1, sum(shape.elements for shape in shapes), dtype
             )
             offset = 0
             keys, values = [], []
@@ -79,7 +79,7 @@ class Slots:
                 keys.append(tensor.window(offset, (shape.key_heads, shape.key_dim)))
                 values.append(tensor.window(offset + shape.key_elements, (shape.value_heads, shape.value_dim)))
                 offset += shape.elements
-            self._device_lengths = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
+            self._device_lengths = torch.zeros(self.rows + 1, dtype=torch.int32, device=self.device)
         self.tensor, self.keys, self.values = tensor, keys, values
         self.shapes, self.dtype = tuple(shapes), dtype
         self.lengths = [0] * self.rows
@@ -90,6 +90,10 @@ class Slots:
     def pitch(self) -> int:
         """Tokens from row to row."""
         return self._memory.pitch
+
+    @property
+    def idle_row(self) -> int:
+        return self.rows
 
     @property
     def token_bytes(self) -> int:
@@ -150,7 +154,13 @@ class Slots:
             values = upload([self.lengths[row] for row in rows], self.device).to(torch.int32)
             self._device_lengths.index_copy_(0, upload(rows, self.device), values)
             self._stale.clear()
-        return self._device_lengths
+        return self._device_lengths[: self.rows]
+
+    def read_lengths(self, device_rows: torch.Tensor) -> torch.Tensor:
+        """The device's lengths, int32, of some rows, the idle one among them."""
+        if self._stale:
+            self.device_lengths  # noqa: B018 (brings them up to date)
+        return self._device_lengths.index_select(0, device_rows)
 
     def advance_on_device(self, device_rows: torch.Tensor, lengths: torch.Tensor) -> None:
         """The device's lengths of some rows, from a tensor; the caller follows on the host."""
@@ -174,6 +184,7 @@ class Slots:
             return
         if self.tensor.views == 0:
             self.crop(range(self.rows), [0] * self.rows)
+            self.tensor.shrink([self.idle_row], [0])
         else:
             self.drop()
 
@@ -193,6 +204,6 @@ class Slots:
         """The same of ``rows`` rows from ``first`` on, ``[row, head, token, dim]``; all must have memory up to end."""
         parts = []
         for side in (self.keys, self.values):
-            window = side[layer].view(self.rows, self.pitch, *side[layer].shape[1:])
+            window = side[layer].view(self.rows + 1, self.pitch, *side[layer].shape[1:])
             parts.append(window[first : first + rows, begin:end].transpose(1, 2))
         return parts[0], parts[1]

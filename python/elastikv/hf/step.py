@@ -32,8 +32,11 @@ def step_of(handle: int) -> Step:
 class Step:
     """What all steps share. ``handle`` names it where only a number can travel, as through a compiled model."""
 
+    may_idle = False  # whether the idle row may take part, and more than once
+
     def __init__(self, slots: Slots, rows: Sequence[int]) -> None:
-        if not rows or len(set(rows)) != len(rows) or not all(0 <= row < slots.rows for row in rows):
+        taken = [row for row in rows if row != slots.idle_row or not self.may_idle]
+        if not rows or len(set(taken)) != len(taken) or not all(0 <= row < slots.rows for row in taken):
             raise InvalidArgument(f"a step needs different slots between 0 and {slots.rows - 1}, not {list(rows)}")
         self.slots = slots
         self.rows = list(rows)
@@ -232,8 +235,10 @@ class DecodeStep(Step):
 
     Before each pass the owner reserves memory for one more token in each row, and `begin` reads the lengths on the
     device. max_key is an upper bound of what a row holds with the new token: part of what attention costs. The lengths
-    do not advance by themselves.
+    do not advance by themselves. Rows may be exchanged between passes, also below a graph.
     """
+
+    may_idle = True
 
     def __init__(self, slots: Slots, rows: Sequence[int], *, max_key: int) -> None:
         super().__init__(slots, rows)
@@ -247,9 +252,17 @@ class DecodeStep(Step):
         self._ends: list[int] = []  # on the host, for views
         self._seen: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def set_row(self, index: int, row: int) -> None:
+        """The place in the step belongs to another row from now on, in stream order."""
+        if row != self.slots.idle_row and (row in self.rows or not 0 <= row < self.slots.rows):
+            raise InvalidArgument(f"slot {row} is not one of 0 to {self.slots.rows - 1} that this step lacks")
+        self.rows[index] = row
+        self.device_rows[index] = row
+        self._starts[index] = row * self.slots.pitch
+
     def begin(self) -> torch.Tensor:
         """Reads the lengths; returns the new tokens' positions, ``[row, 1]``. To be called before each pass."""
-        lengths = self.slots.device_lengths.index_select(0, self.device_rows)
+        lengths = self.slots.read_lengths(self.device_rows)
         self._ends = []
         self.lengths = lengths
         positions = lengths.to(torch.int64)
@@ -293,7 +306,8 @@ class DecodeStep(Step):
         """The new tokens count from now on, on the device and on the host."""
         self.slots.advance_on_device(self.device_rows, self.lengths + 1)
         for row in self.rows:
-            self.slots.lengths[row] += 1
+            if row != self.slots.idle_row:
+                self.slots.lengths[row] += 1
 
     def _visible(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each row's visible keys begin, and how many there are. One token sees its window by a later start."""
