@@ -281,7 +281,8 @@ def mapping_calls(model) -> int:
 
 
 def test_size_classes():
-    assert [size_class(tokens) for tokens in (1, 1024, 1025, 2048, 2049)] == [1024, 1024, 2048, 2048, 4096]
+    sizes = [size_class(tokens) for tokens in (1, 1024, 1025, 1536, 1537, 2048, 2049, 40000)]
+    assert sizes == [1024, 1024, 1536, 1536, 2048, 2048, 3072, 49152]
     assert size_class(1) == SMALLEST_CLASS
 
 

@@ -19,7 +19,8 @@ from elastikv.hf.step import DecodeStep
 if TYPE_CHECKING:
     from elastikv.hf.slots import Slots
 
-#: Attention's cost follows from the longest row that it is told of: graphs are by powers of two of it, from here on.
+#: Attention's cost follows from the longest row that it is told of, so graphs are by classes of it: this, then powers of
+#: two and the middles between them.
 SMALLEST_CLASS = 1024
 #: The host runs at most so many steps ahead of the device.
 LEAD = 4
@@ -27,7 +28,8 @@ LEAD = 4
 
 def size_class(tokens: int) -> int:
     """The bound that a graph for rows of up to so many tokens is captured with."""
-    return max(SMALLEST_CLASS, 1 << (tokens - 1).bit_length())
+    power = 1 << (tokens - 1).bit_length()
+    return max(SMALLEST_CLASS, power // 4 * 3 if tokens <= power // 4 * 3 else power)
 
 
 class Decoder:
