@@ -60,7 +60,7 @@ def config_of(kind: str, tiny: bool) -> LlamaConfig:
                            max_position_embeddings=65536)  # fmt: skip
     sizes = {"num_hidden_layers": LAYERS, "vocab_size": 32000, "max_position_embeddings": 65536, "head_dim": 128}
     if kind == "gqa":
-        return LlamaConfig(**sizes, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+        return LlamaConfig(**sizes, hidden_size=4096, intermediate_size=8192, num_attention_heads=32,
                            num_key_value_heads=8)  # fmt: skip
     return LlamaConfig(**sizes, hidden_size=2048, intermediate_size=8192, num_attention_heads=16,
                        num_key_value_heads=16)  # fmt: skip

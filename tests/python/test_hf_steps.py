@@ -9,11 +9,13 @@ import elastikv
 
 pytest.importorskip("transformers")
 
+from transformers.models.llama import modeling_llama
+
 from elastikv.hf import Decoder, ElasticCache, Sampling, Slots, generate
 from elastikv.hf.forward import run_step
 from elastikv.hf.generation import prefill
 from elastikv.hf.geometry import kv_geometry
-from elastikv.hf.lean import Lean
+from elastikv.hf.lean import Lean, Rotary
 from elastikv.hf.sampling import Sampler
 from elastikv.hf.step import DecodeStep, RaggedStep
 from hf_networks import agree, make_network, prompts, reference
@@ -48,7 +50,7 @@ def llama(device):
 
 def test_lean_norms_give_the_same(llama, device):
     lean = Lean(llama)
-    assert len(lean) == 3 * 2 + 1
+    assert len(lean) == 3 * 2 + 1 + 1  # norms, and the rotary function
     tokens, _ = prompts(device)
     with torch.inference_mode():
         wanted = llama(tokens, use_cache=False).logits
@@ -56,6 +58,7 @@ def test_lean_norms_give_the_same(llama, device):
             found = llama(tokens, use_cache=False).logits
         again = llama(tokens, use_cache=False).logits
     assert torch.equal(again, wanted) and not any("forward" in module.__dict__ for module in llama.modules())
+    assert not isinstance(modeling_llama.apply_rotary_pos_emb, Rotary)
     torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.05 if device != "cpu" else 1e-4)
 
 

@@ -19,8 +19,8 @@ from elastikv.hf.step import DecodeStep
 if TYPE_CHECKING:
     from elastikv.hf.slots import Slots
 
-#: Attention's cost follows from the longest row that it is told of, so graphs are by classes of it: this, then powers of
-#: two and the middles between them.
+#: Attention's cost follows from the longest row that it is told of, so graphs are by classes of it: this, then powers
+#: of two and the middles between them.
 SMALLEST_CLASS = 1024
 #: The host runs at most so many steps ahead of the device.
 LEAD = 4
@@ -40,8 +40,9 @@ class Decoder:
     models whose attention runs over views.
 
     model: a causal LM with attention 'elastikv', or such a one compiled. rows: those that step together, always in
-    this order; `Slots.idle_row` for places that `put` fills later. capacity: the most new tokens of a row. lean: RMS
-    norms as one kernel each (`Lean`), by default on CUDA. The slots must have their addresses (`Slots.allocate`).
+    this order; `Slots.idle_row` for places that `put` fills later. capacity: the most new tokens of a row. lean: fewer
+    kernels for norms and rotary embeddings (`Lean`), by default on CUDA. The slots must have their addresses
+    (`Slots.allocate`).
 
     Not thread-safe. Everything runs on torch's current stream.
     """
