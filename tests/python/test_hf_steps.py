@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -43,6 +46,18 @@ def model(shared):
 @pytest.fixture
 def llama(device):
     return make_network("gqa", device)
+
+
+# ---- known to transformers
+
+
+def test_any_import_makes_the_attention_known():
+    code = (
+        "from elastikv.hf import Slots; from transformers import AttentionInterface, AttentionMaskInterface; "
+        "assert 'elastikv' in AttentionInterface() and 'elastikv' in AttentionMaskInterface()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- fewer kernels

@@ -35,6 +35,7 @@ def __getattr__(name: str) -> Any:
         ) from missing
     import importlib
 
+    importlib.import_module("elastikv.hf.attention")  # makes itself known to transformers
     value = getattr(importlib.import_module(f"elastikv.hf.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

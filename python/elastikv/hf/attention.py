@@ -29,7 +29,7 @@ logger = logging.getLogger("elastikv.hf")
 
 
 def register() -> None:
-    """Makes the functions known to transformers, as importing ElasticCache does. May be called again."""
+    """Makes the functions known to transformers, as importing anything from elastikv.hf does. May be called again."""
     AttentionInterface.register(NAME, elastikv_attention)
     AttentionMaskInterface.register(NAME, elastikv_mask)
 
@@ -213,3 +213,6 @@ def _as_boolean(mask: torch.Tensor | None, query: torch.Tensor, extras: Extras) 
         return mask, extras
     bias = mask if extras.bias is None else mask + extras.bias
     return torch.ones((), dtype=torch.bool, device=query.device), Extras(extras.softcap, bias, extras.sinks)
+
+
+register()

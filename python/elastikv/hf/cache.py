@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from elastikv.hf.slots import Slots
     from elastikv.hf.step import Step
 
-attention.register()
-
 
 class ElasticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's window onto the batch. Holds no tensor of its own, so nothing keeps memory alive behind our back."""
