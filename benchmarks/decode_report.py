@@ -72,6 +72,10 @@ def bars(result: dict[str, Any]) -> list[Bar]:
         row = point["ways"]["graph"]
         _under(f"{name}: p99 against p50", row["p99"] / row["p50"], 1.2, found)
         _under(f"{name}: first graphed token, seconds", row["first_token_s"], 1, found)
+        if "needed" in row:
+            _under(
+                f"{name}: peak bytes against the tokens'", (row["bytes"] - row["slack"]) / row["needed"], 1.13, found
+            )
         resident = p50(point, "graph, resident")
         _under(f"{name}: against memory wholly resident", resident and graph / resident, 1.02, found)
         eager, flash = p50(point, "eager"), p50(point, "dynamic, flash")

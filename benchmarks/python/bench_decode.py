@@ -154,7 +154,10 @@ class Bench:
             row = self.timed(decoder.step)
             decoder.finish()
             held = sum(slots.lengths) * self.token_bytes
-            row.update(first_token_s=first, bytes=handle.stats().peak_physical, needed=held, captures=decoder.captures)
+            # Beside the tokens: a page's rest in each row, and what is claimed and mapped ahead in tokens.
+            slack = batch * (2 * handle.page_size + 96 * self.token_bytes)
+            peak = handle.stats().peak_physical
+            row.update(first_token_s=first, bytes=peak, needed=held, slack=slack, captures=decoder.captures)
             return row
 
     def eager(self, batch: int, tokens: int) -> dict[str, float]:

@@ -263,6 +263,33 @@ def test_a_cache_for_another_model(device, model):
         assert cache.get_seq_length() == 0
 
 
+def test_every_method_of_the_interface_is_there(device, model):
+    """What transformers calls on a cache or a layer does what it says, or says why not."""
+    cache = ElasticCache(CONFIGS["sliding"], model=model, max_batch=2, max_tokens=64)
+    keys = torch.randn(2, 2, 9, 16, device=device)
+    for layer in range(4):
+        cache.update(keys, keys, layer)
+    base = transformers.cache_utils.CacheLayerMixin
+    for name in [name for name in dir(base) if not name.startswith("_") and callable(getattr(base, name))]:
+        assert callable(getattr(cache.layers[0], name)), name
+    for index, layer in enumerate(cache.layers):
+        cache.offload(index)
+        cache.prefetch(index)
+        layer.offload()
+        layer.prefetch()
+        layer.lazy_initialization(keys, keys)
+        assert torch.equal(layer.keys, keys) and layer.get_seq_length() == 9
+        for refused in (layer.crop, layer.reorder_cache, layer.batch_select_indices, layer.batch_repeat_interleave):
+            with pytest.raises(elastikv.InvalidArgument, match="move together"):
+                refused(1)
+    cache.activate_past_recording()
+    cache.early_initialization(2, 2, 16, keys.dtype, keys.device)
+    assert cache.is_initialized is False or cache.get_seq_length() == 9
+    assert cache.is_croppable and not cache.is_compileable and cache.is_sliding == [True] * 4
+    cache.layers[2].reset()
+    assert cache.get_seq_length() == 0 and cache.layers[0].keys is None
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["llama", "sliding"])
 def test_flex_attention(name):
