@@ -92,12 +92,16 @@ def attention_by_hand(query, keys, values, window):
     return scores.masked_fill(~seen.to(query.device), -torch.inf).softmax(-1) @ values
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (4, 4, 64), (4, 1, 128), (4, 2, 256), (6, 2, 40)])
-def test_attention_beside_unmapped_pages(flash_everywhere, device, model, page_size, heads, kv_heads, dim, window):
+def test_attention_beside_unmapped_pages(
+    flash_everywhere, device, model, page_size, heads, kv_heads, dim, window, dtype
+):
     """Ragged rows that end on a page's edge, with nothing mapped behind: right values, and no fault."""
-    dtype = dtype_of(device)
-    tolerance = 1e-4 if device == "cpu" else 0.03
+    if device == "cpu" and dtype != torch.float32:
+        pytest.skip("the same on the CPU in any dtype")
+    tolerance = {torch.float32: 1e-4 if device == "cpu" else 2e-3, torch.float16: 0.02, torch.bfloat16: 0.05}[dtype]
     shape = LayerShape(kv_heads, dim, kv_heads, dim)
     geometry, most = KVGeometry((window,), (shape,)), 8 * page_size // (shape.elements * 2)
     slots = Slots(geometry, model=model, rows=5, max_tokens=most, dtype=dtype)
@@ -220,6 +224,34 @@ def test_one_graph_at_every_length(dtype, kv_heads):
             answers.append(decoder.history.clone())
         same = (answers[0] == answers[1]).float().mean()
         assert same > 0.5 and torch.equal(answers[0][:, :20], answers[1][:, :20])
+        del decoder, slots
+
+
+@pytest.mark.cuda
+def test_steady_replays_allocate_nothing():
+    """Neither from torch's allocator nor from the driver, on the calling thread."""
+    device = "cuda:0"
+    config = LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=16)
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.float16, attn_implementation="elastikv").to(device)
+    network.eval()
+    with elastikv.SharedMemoryPool(physical_limit=1 << 30, device=device) as shared:
+        handle = shared.register_model("steady", virtual_capacity=1 << 40)
+        slots = Slots(kv_geometry(config), model=handle, rows=2, max_tokens=4096, dtype=torch.float16)
+        tokens = torch.full((2, 5), 9, device=device)
+        with torch.inference_mode():
+            logits = prefill(network, slots, range(2), tokens, torch.ones(2, 5, dtype=torch.bool))
+        decoder = Decoder(network, slots, range(2), capacity=900)
+        decoder.start(logits, limits=[900] * 2)
+        for _ in range(20):
+            decoder.step()
+        handle.drain()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats(device)["allocation.all.allocated"], handle.stats().total_driver_calls
+        for _ in range(500):
+            decoder.step()
+        torch.cuda.synchronize()
+        after = torch.cuda.memory_stats(device)["allocation.all.allocated"], handle.stats().total_driver_calls
+        assert after == before and decoder.captures == 1
         del decoder, slots
 
 
