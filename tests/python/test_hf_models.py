@@ -65,6 +65,10 @@ def configs() -> dict[str, object]:
             **{**SIZES, "num_key_value_heads": 4}, **latent, n_routed_experts=4, n_group=2, topk_group=1,
             moe_intermediate_size=32, first_k_dense_replace=1, n_shared_experts=1, **experts,
         ),
+        "chunked": t.Llama4TextConfig(
+            **SIZES, head_dim=16, attention_chunk_size=6, num_local_experts=2, intermediate_size_mlp=64,
+            num_experts_per_tok=1,
+        ),
         "learned-positions": t.GPT2Config(
             vocab_size=128, n_embd=64, n_layer=3, n_head=4, n_positions=512, initializer_range=0.2, bos_token_id=1,
             eos_token_id=2,

@@ -61,6 +61,8 @@ class Decoder:
         require_attention(model._orig_mod if compiled else model)
         if slots.tensor is None:
             raise InvalidArgument("these slots have no addresses yet: write to them first, or give a dtype")
+        if not slots.geometry.plain:
+            raise InvalidArgument("this model's attention computes with more than its cache holds: use model.generate")
         if capacity < 1:
             raise InvalidArgument(f"capacity must be at least 1 token, not {capacity}")
         self.model = model

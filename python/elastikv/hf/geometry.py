@@ -43,7 +43,7 @@ class KVGeometry:
 
     windows has one entry a layer: the number of tokens that a sliding-window layer sees, None for full attention.
     shapes too, or is None where only the first step can tell: latents of MLA, and encoder-decoders, whose
-    configs differ from model to model. plain: what attention computes with is what the cache holds.
+    configs differ from model to model. plain: attention computes with just what the cache holds, windowed or not.
     """
 
     windows: tuple[int | None, ...]
@@ -93,7 +93,10 @@ def kv_geometry(config: PreTrainedConfig) -> KVGeometry:
         )
     if getattr(text, "kv_lora_rank", None):
         return KVGeometry(tuple(windows), None, plain=False)
-    return KVGeometry(tuple(windows), tuple(_shape(text, index) for index in range(len(windows))))
+    # A chunk is no window, though the cache treats it as one: what a token sees, only the model's mask says.
+    chunked = bool(getattr(text, "attention_chunk_size", None)) and any(window is not None for window in windows)
+    shapes = tuple(_shape(text, index) for index in range(len(windows)))
+    return KVGeometry(tuple(windows), shapes, plain=not chunked)
 
 
 def _decoder_layers(config: Any) -> int:

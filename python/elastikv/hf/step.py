@@ -176,6 +176,7 @@ class RaggedStep(Step):
         extras: Extras | None = None,
     ) -> torch.Tensor:
         self._check(layer, key, value)
+        window = window or self.slots.geometry.windows[layer]  # some models leave it to their mask
         if key.shape[0] != len(self.rows) or key.shape[2] != self.width:
             raise InvalidArgument(
                 f"the step is for {len(self.rows)} rows of {self.width} tokens, but layer {layer} brought "
@@ -281,6 +282,7 @@ class DecodeStep(Step):
         extras: Extras | None = None,
     ) -> torch.Tensor:
         self._check(layer, key, value)
+        window = window or self.slots.geometry.windows[layer]  # some models leave it to their mask
         if key.shape[0] != len(self.rows) or key.shape[2] != 1:
             raise InvalidArgument(
                 f"the step is for one token in each of {len(self.rows)} rows, but layer {layer} brought "
