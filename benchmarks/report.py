@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Turns runs of bench_growth and bench_allocator into results files, and results files into the README's tables.
+"""Turns runs of bench_growth, bench_allocator and bench_decode into results files, and those into the README's tables.
 
-    benchmarks/report.py collect RAW.json    # what bench_growth or bench_allocator.py wrote -> benchmarks/results/
+    benchmarks/report.py collect RAW.json    # what one of them wrote -> benchmarks/results/
     benchmarks/report.py show FILE.json      # the tables with ratios and bars, on the terminal
     benchmarks/report.py readme              # writes the tables of the newest results into README.md
 
@@ -21,6 +21,7 @@ import sys
 from typing import Any
 
 import allocator_report
+import decode_report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,9 +62,9 @@ def machine(context: dict[str, Any]) -> dict[str, str]:
 def collect(raw: pathlib.Path, commit: str, folder: pathlib.Path) -> pathlib.Path:
     """Writes `raw` as a results file in `folder` and returns its path."""
     data = json.loads(raw.read_text())
-    if data.get("benchmark") == "allocator":
+    if data.get("benchmark") in ("allocator", "decode"):
         where = machine({"num_cpus": os.cpu_count()})
-        return write(folder, where["gpu"], {"benchmark": "allocator", "commit": commit, **where, **data})
+        return write(folder, where["gpu"], {"benchmark": data["benchmark"], "commit": commit, **where, **data})
     # Google Benchmark's: its medians.
     rows: dict[str, dict[str, float]] = {}
     for run in data["benchmarks"]:
@@ -128,6 +129,10 @@ def show(result: dict[str, Any]) -> bool:
         print(f"{result['gpu']}, torch {result['torch']}, {result['date']}, commit {result['commit']}")
         allocator_report.print_tables(result)
         return show_bars(allocator_report.bars(result))
+    if result["benchmark"] == "decode":
+        print(f"{result['gpu']}, torch {result['torch']}, {result['date']}, commit {result['commit']}")
+        decode_report.print_tables(result)
+        return show_bars(decode_report.bars(result))
     fine = True
     for device in devices(result):
         chip = result["cpu" if device == "cpu" else "gpu"]
@@ -170,11 +175,21 @@ def allocator_section(result: dict[str, Any]) -> str:
     return f"{head}\n\n{allocator_report.markdown(result)}"
 
 
+def decode_section(result: dict[str, Any]) -> str:
+    where = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}"
+    head = f"Milliseconds a token, median, on {where} ({result['date']}, commit {result['commit']}):"
+    return f"{head}\n\n{decode_report.markdown(result)}"
+
+
 def readme() -> None:
     """Replaces the README's tables by those of the newest results."""
     path = ROOT / "README.md"
     text = path.read_text()
-    for benchmark, section in (("growth", growth_section), ("allocator", allocator_section)):
+    for benchmark, section in (
+        ("growth", growth_section),
+        ("allocator", allocator_section),
+        ("decode", decode_section),
+    ):
         begin, end = f"<!-- {benchmark}: made by benchmarks/report.py readme -->", f"<!-- {benchmark}: end -->"
         result = newest(benchmark)
         if result is None or begin not in text:

@@ -69,6 +69,7 @@ PYBIND11_MODULE(_core, module) {
     bind_events(module);
     bind_timeline(module);
     bind_tensors(module);
+    bind_slots(module);
     bind_devices(module);
     bind_ways(module);
     bind_allocator(module);

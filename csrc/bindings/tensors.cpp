@@ -6,12 +6,29 @@
 #include <torch/csrc/Storage.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "bindings/tensor_arguments.h"
 #include "bindings/waiting.h"
 #include "torch/elastic_tensor.h"
 #include "torch/imported_tensor.h"
 #include "torch/streams.h"
 
 namespace elastikv::bindings {
+
+at::ScalarType to_dtype(const py::handle& object) {
+    if (!THPDtype_Check(object.ptr())) {
+        throw py::type_error(std::string("dtype must be a torch.dtype, not ") + Py_TYPE(object.ptr())->tp_name);
+    }
+    return reinterpret_cast<THPDtype*>(object.ptr())->scalar_type;
+}
+
+void guard_gaps(c10::Storage& storage) {
+    const py::object type = py::module_::import("elastikv._storage").attr("GappedStorage");
+    auto* const storage_type = reinterpret_cast<PyTypeObject*>(type.ptr());
+    const auto face = py::reinterpret_steal<py::object>(THPStorage_NewWithStorage(storage_type, std::move(storage)));
+    if (!face) throw py::error_already_set();
+    storage = THPStorage_Unpack(face.ptr());
+}
+
 namespace {
 
 at::Tensor to_tensor(const py::handle& object) {
@@ -19,13 +36,6 @@ at::Tensor to_tensor(const py::handle& object) {
         throw py::type_error(std::string("expected a torch.Tensor, not ") + Py_TYPE(object.ptr())->tp_name);
     }
     return THPVariable_Unpack(object.ptr());
-}
-
-at::ScalarType to_dtype(const py::handle& object) {
-    if (!THPDtype_Check(object.ptr())) {
-        throw py::type_error(std::string("dtype must be a torch.dtype, not ") + Py_TYPE(object.ptr())->tp_name);
-    }
-    return reinterpret_cast<THPDtype*>(object.ptr())->scalar_type;
 }
 
 // A tensor lives where its model does. `device` may say so, and is checked then.
@@ -63,17 +73,6 @@ torch::ElasticBlock& to_block(const at::Tensor& tensor) {
     return *block;
 }
 
-// Gives the storage a Python face that refuses to be read as a whole, as it has gaps without memory between the rows.
-// To be done before a tensor holds the storage, which keeps its face from then on.
-void guard_gaps(torch::ElasticStorage& made) {
-    const py::object type = py::module_::import("elastikv._storage").attr("GappedStorage");
-    auto* const storage_type = reinterpret_cast<PyTypeObject*>(type.ptr());
-    c10::Storage storage = std::move(made.storage);
-    const auto face = py::reinterpret_steal<py::object>(THPStorage_NewWithStorage(storage_type, std::move(storage)));
-    if (!face) throw py::error_already_set();
-    made.storage = THPStorage_Unpack(face.ptr());
-}
-
 py::object empty(const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& max_shape,
                  const py::object& dtype, const ModelPtr& model, const py::object& device,
                  std::optional<std::int64_t> dim, bool scrub) {
@@ -84,7 +83,7 @@ py::object empty(const std::vector<std::int64_t>& shape, const std::vector<std::
         const py::gil_scoped_release release;
         made = torch::make_storage(model, {shape, max_shape, dim}, type, scrub);
     }
-    if (made.has_gaps) guard_gaps(made);
+    if (made.has_gaps) guard_gaps(made.storage);
     at::Tensor tensor = torch::tensor_over(made);
     made.storage = {};  // its hold on the storage would count as somebody's
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor)));

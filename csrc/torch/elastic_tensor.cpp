@@ -136,29 +136,6 @@ std::size_t references_of_wrapper(const Slot& slot) {
     }
 }
 
-std::size_t tensors_on(const c10::Storage& storage) {
-    return storage.use_count() - references_of_wrapper(*storage.unsafeGetStorageImpl()->pyobj_slot());
-}
-
-caffe2::TypeMeta plain_type(at::ScalarType dtype) {
-    if (dtype == at::ScalarType::Undefined || c10::isQIntType(dtype)) {
-        throw InvalidArgument(std::string("dtype ") + c10::toString(dtype) + " has no plain elements to lay out");
-    }
-    return c10::scalarTypeToTypeMeta(dtype);
-}
-
-// Not resizable: torch would replace the memory by its own.
-c10::Storage storage_of(c10::DataPtr data, Bytes bytes) {
-    return c10::Storage(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
-                                                              std::move(data),
-                                                              /*allocator=*/nullptr, /*resizable=*/false));
-}
-
-at::Tensor tensor_on(c10::Storage storage, caffe2::TypeMeta type) {
-    const auto key = storage.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
-    return at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), type);
-}
-
 void set_length(const at::Tensor& tensor, const Target& target, std::int64_t length) {
     Sizes sizes = tensor.sizes().vec();
     sizes[target.dim] = length;
@@ -204,6 +181,28 @@ Target checked_shrink(const at::Tensor& tensor, std::int64_t length, std::size_t
 }
 
 }  // namespace
+
+std::size_t tensors_on(const c10::Storage& storage) {
+    return storage.use_count() - references_of_wrapper(*storage.unsafeGetStorageImpl()->pyobj_slot());
+}
+
+caffe2::TypeMeta plain_type(at::ScalarType dtype) {
+    if (dtype == at::ScalarType::Undefined || c10::isQIntType(dtype)) {
+        throw InvalidArgument(std::string("dtype ") + c10::toString(dtype) + " has no plain elements to lay out");
+    }
+    return c10::scalarTypeToTypeMeta(dtype);
+}
+
+c10::Storage storage_of(c10::DataPtr data, Bytes bytes) {
+    return c10::Storage(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
+                                                              std::move(data),
+                                                              /*allocator=*/nullptr, /*resizable=*/false));
+}
+
+at::Tensor tensor_on(c10::Storage storage, caffe2::TypeMeta type) {
+    const auto key = storage.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
+    return at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), type);
+}
 
 at::Tensor zeros(const ModelPtr& model, const Sizes& shape, at::ScalarType dtype) {
     const auto type = plain_type(dtype);

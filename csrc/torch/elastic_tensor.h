@@ -75,4 +75,12 @@ at::Tensor zeros(const ModelPtr& model, const std::vector<std::int64_t>& shape, 
 // The block behind a tensor or a view of one, or null.
 ElasticBlock* block_of(const at::Tensor& tensor);
 
+// What every tensor on a block's memory is made of. The storage is not resizable: torch would replace the memory by its
+// own. plain_type throws InvalidArgument for a dtype without plain elements.
+caffe2::TypeMeta plain_type(at::ScalarType dtype);
+c10::Storage storage_of(c10::DataPtr data, Bytes bytes);
+at::Tensor tensor_on(c10::Storage storage, caffe2::TypeMeta type);
+// How many tensors hold the storage.
+std::size_t tensors_on(const c10::Storage& storage);
+
 }  // namespace elastikv::torch

@@ -8,6 +8,7 @@ import torch
 from typing_extensions import Self
 
 from elastikv._core_allocators import *  # noqa: F403
+from elastikv._core_slots import *  # noqa: F403
 from elastikv.timeline import Timeline
 
 from elastikv._core_stats import DriverCallStats as DriverCallStats

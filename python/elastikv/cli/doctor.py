@@ -56,6 +56,7 @@ def examine() -> list[Finding]:
     findings.append(_torch(torch))
     findings += [_package(name, extra) for name, extra in (("transformers", "hf"), ("matplotlib", "plots"))]
     devices = elastikv.devices()
+    findings.append(_attention(torch, devices))
     findings.append(_host_works())
     for device in devices:
         findings += _device(device)
@@ -76,6 +77,18 @@ def _package(name: str, extra: str) -> Finding:
         return Finding(name, True, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, False, "not installed", f"pip install 'elastikv[{extra}]'")
+
+
+def _attention(torch: Any, devices: Sequence[Mapping[str, Any]]) -> Finding:
+    """Which way attention 'elastikv' goes here. What it says of models, elastikv.hf.attention decides as they come."""
+    name = "attention 'elastikv'"
+    if not any(device["available"] and device["device"] != "cpu" for device in devices):
+        return Finding(name, True, "over views of exact length (the flash op needs a GPU)")
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    if not any(argument.name == "seqused_k" for argument in schema.arguments):
+        return Finding(name, False, "over views: this torch's flash op takes no lengths", "use torch 2.11 or newer")
+    limits = "float16 and bfloat16, heads of a multiple of 8 up to 256"
+    return Finding(name, True, f"flash for {limits}; over views for soft caps, position biases, sinks and the rest")
 
 
 def _host_works() -> Finding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -15,36 +15,62 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """One token's keys and values in one layer."""
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+
+    @property
+    def key_elements(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def elements(self) -> int:
+        return self.key_elements + self.value_heads * self.value_dim
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> LayerShape:
+        """That of states ``[batch, head, token, dim]``."""
+        return cls(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3])
+
+
+@dataclass(frozen=True)
 class KVGeometry:
-    """The shape of one token's keys and values: the same in every layer.
+    """One token's keys and values in all layers.
 
     windows has one entry a layer: the number of tokens that a sliding-window layer sees, None for full attention.
+    shapes too, or is None where only the first step can tell: latents of MLA, and encoder-decoders, whose
+    configs differ from model to model. plain: attention computes with just what the cache holds, windowed or not.
     """
 
-    heads: int
-    head_dim: int
     windows: tuple[int | None, ...]
+    shapes: tuple[LayerShape, ...] | None
+    plain: bool = True
 
     @property
     def layers(self) -> int:
         return len(self.windows)
 
     def layer_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes that one token's keys and values take in one layer."""
-        return 2 * self.heads * self.head_dim * dtype.itemsize
+        """Bytes that one token's keys and values take in one layer, on average."""
+        return self.token_bytes(dtype) // self.layers
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that one token's keys and values take in all layers."""
-        return self.layers * self.layer_bytes(dtype)
+        if self.shapes is None:
+            raise InvalidArgument("this model's cache shows its shape with the first step only")
+        return sum(shape.elements for shape in self.shapes) * dtype.itemsize
 
 
 def kv_geometry(config: PreTrainedConfig) -> KVGeometry:
-    """Reads a decoder-only model's config. Raises InvalidArgument for a model whose cache is not plain keys and values.
+    """Reads a model's config, of an encoder-decoder its decoder's.
 
-    Which layers slide is asked of transformers' own DynamicCache: the rules behind it change from version to version.
+    Raises InvalidArgument for a model whose cache is not keys and values in every layer. Which layers slide is asked of
+    transformers' own DynamicCache: the rules behind it change from version to version.
     """
-    if config.is_encoder_decoder:
-        raise InvalidArgument(f"ElasticCache serves decoder-only models; {type(config).__name__} has an encoder")
     text = config.get_text_config(decoder=True)
     windows: list[int | None] = []
     for index, layer in enumerate(DynamicCache(config=text).layers):
@@ -57,11 +83,47 @@ def kv_geometry(config: PreTrainedConfig) -> KVGeometry:
                 "ElasticCache holds layers of full or sliding-window attention; "
                 f"layer {index} of {type(text).__name__} wants a {type(layer).__name__}"
             )
+    if config.is_encoder_decoder:
+        count = _decoder_layers(config)
+        return KVGeometry(tuple(windows * count)[:count], None, plain=False)
     if len(windows) != text.num_hidden_layers:
         raise InvalidArgument(
             f"ElasticCache needs a cache in every layer; {type(text).__name__} has {text.num_hidden_layers} layers "
             f"but caches for {len(windows)}"
         )
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return KVGeometry(heads=heads, head_dim=head_dim, windows=tuple(windows))
+    if getattr(text, "kv_lora_rank", None):
+        return KVGeometry(tuple(windows), None, plain=False)
+    # A chunk is no window, though the cache treats it as one: what a token sees, only the model's mask says.
+    chunked = bool(getattr(text, "attention_chunk_size", None)) and any(window is not None for window in windows)
+    shapes = tuple(_shape(text, index) for index in range(len(windows)))
+    return KVGeometry(tuple(windows), shapes, plain=not chunked)
+
+
+def _decoder_layers(config: Any) -> int:
+    for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    raise InvalidArgument(f"{type(config).__name__} does not say how many layers its decoder has")
+
+
+def _shape(config: Any, index: int) -> LayerShape:
+    per_layer = getattr(config, "per_layer_config", None)  # configs whose layers differ
+    if per_layer is not None and not isinstance(per_layer, dict):
+        config = per_layer[index]
+
+    def first(*names: str) -> int | None:
+        for name in names:
+            value = getattr(config, name, None)
+            if isinstance(value, (list, tuple)):
+                value = value[index]
+            if value:
+                return int(value)
+        return None
+
+    query_heads = first("num_attention_heads")
+    assert query_heads is not None
+    heads = first("num_key_value_heads", "num_kv_heads") or query_heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        heads = 1
+    dim = first("head_dim") or config.hidden_size // query_heads
+    return LayerShape(heads, dim, heads, dim)

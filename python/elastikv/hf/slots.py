@@ -1,8 +1,10 @@
-"""The memory of a cache: one elastic tensor for all layers of a batch of sequences."""
+"""Slots: rows of a SlotTensor that hold the keys and values of one sequence each."""
 
 from __future__ import annotations
 
 import contextlib
+import heapq
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,186 +13,197 @@ import elastikv
 from elastikv.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from elastikv.hf.geometry import KVGeometry
+    from elastikv.hf.geometry import KVGeometry, LayerShape
+
+
+def upload(numbers: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Integers as an int64 tensor on the device, without waiting for the device."""
+    host = torch.as_tensor(numbers, dtype=torch.int64)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 class Slots:
-    """Keys and values as one elastic tensor ``[batch, token, layer, 2, head, dim]`` that grows along token.
+    """Sequences of different lengths, one a row of ``max_tokens`` addresses, of which the used front has memory.
 
-    A slot is the row of one sequence: ``max_tokens`` addresses, of which only the front that is in use has memory.
-    One token's layers lie side by side, so a page serves all layers of its tokens. The tensor comes to be at the
-    first write, with as many rows as that write has sequences, and belongs to this object.
+    Layout: ``[row, token, layer, key or value, head, dim]``. One token's layers lie side by side, so a page serves all
+    layers of its tokens. ``lengths`` says how many tokens of each row count; ``device_lengths`` (int32) says the same
+    on the device.
 
-    A step is one pass through all layers, in their order. Layer 0 makes room for it; it counts (``length``) once the
-    last layer has written. So a step that dies half-way, for want of memory or by an error of the model, leaves the
-    length and all tokens before it as they were.
+    keys[layer] and values[layer] are windows ``[row * pitch + token, head, dim]`` over all addresses, of which only the
+    front of each row may be touched: they are for kernels that are told the lengths. `view` gives exact views.
 
-    Not thread-safe.
+    Rows have addresses for one token more than max_tokens: a place to write to for rows that take part in a step and
+    have ended. And there is one row more, `idle_row`, for places in a step that no sequence takes; it stays empty.
+
+    Memory errors leave everything as it was. Not thread-safe.
     """
 
     def __init__(
-        self, geometry: KVGeometry, *, model: elastikv.Model, max_batch: int, max_tokens: int, dtype: torch.dtype | None
+        self,
+        geometry: KVGeometry,
+        *,
+        model: elastikv.Model,
+        rows: int,
+        max_tokens: int,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        if rows < 1 or max_tokens < 1:
+            raise InvalidArgument(f"slots need at least one row and one token, not {rows} and {max_tokens}")
         self.geometry = geometry
-        self.max_batch = max_batch
+        self.model = model
+        self.device = torch.device(model.device)
+        self.rows = rows
         self.max_tokens = max_tokens
-        self.length = 0  # tokens that every layer holds
-        self.kv: torch.Tensor | None = None
-        self._model = model
-        self._device = torch.device(model.device)
-        self._dtype = dtype
-        self._next_layer = 0  # the layer that the running step waits for; 0: no step is running
-        self._step_tokens = 0  # tokens that each layer of the running step brings
-        self._closed = False
+        self.dtype = dtype
+        self.tensor: elastikv.SlotTensor | None = None
+        self.shapes: tuple[LayerShape, ...] = ()
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.lengths = [0] * rows
+        self.generation = 0  # changes when the addresses do
+        self._stale: set[int] = set()  # rows whose length the device does not know yet
+        self._free = list(range(rows))
+        if dtype is not None and geometry.shapes is not None:
+            self.allocate(geometry.shapes, dtype)
 
-    # ---- a step
-
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> int:
-        """Writes one layer's new tokens, ``[batch, head, token, dim]`` each, behind the old; returns the new length."""
-        self._check(layer, keys, values)
-        end = self.length + keys.shape[2]
-        if layer == 0:
-            self._reserve(keys.shape[0], end, keys.dtype)
-            self._step_tokens = keys.shape[2]
-        assert self.kv is not None
-        room = self.kv[:, self.length : end, layer]
-        room[:, :, 0].copy_(keys.transpose(1, 2))
-        room[:, :, 1].copy_(values.transpose(1, 2))
-        self._next_layer = (layer + 1) % self.geometry.layers
-        if self._next_layer == 0:
-            self.length = end
-        return end
-
-    def view(self, layer: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of tokens [start, end) as views ``[batch, head, token, dim]`` of the slots; no copy."""
-        assert self.kv is not None
-        tokens = self.kv[:, start:end, layer]
-        return tokens[:, :, 0].transpose(1, 2), tokens[:, :, 1].transpose(1, 2)
-
-    # ---- between steps
-
-    def crop(self, length: int) -> None:
-        """Forgets all tokens from ``length`` on, and an unfinished step; gives back the memory behind."""
-        if length == 0:
-            self.reset()
-            return
-        self.length = length
-        self._next_layer = 0
-        if self.kv is not None and self.kv.shape[1] > length:
-            # Refused while somebody holds a view of the end: its memory then stays until the next crop or reset.
-            with contextlib.suppress(InvalidArgument):
-                elastikv.shrink_(self.kv, length)
-
-    def reset(self) -> None:
-        """Forgets everything. The tensor is let go, not shrunk: views that are still held stay readable."""
-        self.kv = None
-        self.length = 0
-        self._next_layer = 0
-
-    def close(self) -> None:
-        self.reset()
-        self._closed = True
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` was, in place. One layer is copied aside at a time."""
-        self.require_whole_steps()
-        if self.kv is None:
-            return
-        if len(rows) != self.batch:
-            raise InvalidArgument(f"reorder_cache got {len(rows)} rows for a batch of {self.batch}")
-        rows = rows.to(self._device)
-        for layer in range(self.geometry.layers):
-            used = self.kv[:, : self.length, layer]
-            used.copy_(used.index_select(0, rows))
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Replaces the batch by copies of the given rows. Needs the memory of both batches for a moment."""
-        self.require_whole_steps()
-        if self.kv is None:
-            return
-        if len(rows) == 0:
-            self.reset()
-            return
-        fresh = self._allocate(len(rows), self.length, self.kv.dtype)
-        for target, source in enumerate(rows.tolist()):
-            fresh[target].copy_(self.kv[source, : self.length])
-        self.kv = fresh
-
-    def copy(self) -> Slots:
-        """Slots of their own with the same tokens, charged to the same model."""
-        self.require_whole_steps()
-        other = Slots(
-            self.geometry, model=self._model, max_batch=self.max_batch, max_tokens=self.max_tokens, dtype=self._dtype
-        )
-        if self.kv is not None:
-            other.kv = self._allocate(self.batch, self.length, self.kv.dtype)
-            other.kv.copy_(self.kv[:, : self.length])
-            other.length = self.length
-        other._closed = self._closed
-        return other
-
-    def require_whole_steps(self) -> None:
-        if self._next_layer != 0:
-            raise InvalidArgument(
-                f"the last step wrote {self._next_layer} of the cache's {self.geometry.layers} layers: the model "
-                "failed half-way, or has fewer layers than the cache. crop(0) forgets that step, reset() everything"
+    def allocate(self, shapes: Sequence[LayerShape], dtype: torch.dtype) -> None:
+        """Reserves the addresses, once shapes and dtype are known. Nothing is resident yet."""
+        # Not inference tensors, so that both worlds may write to them.
+        with torch.inference_mode(False):
+            tensor = elastikv.SlotTensor(
+                self.model, self.rows + 1, self.max_tokens + 1, sum(shape.elements for shape in shapes), dtype
             )
+            offset = 0
+            keys, values = [], []
+            for shape in shapes:
+                keys.append(tensor.window(offset, (shape.key_heads, shape.key_dim)))
+                values.append(tensor.window(offset + shape.key_elements, (shape.value_heads, shape.value_dim)))
+                offset += shape.elements
+            self._device_lengths = torch.zeros(self.rows + 1, dtype=torch.int32, device=self.device)
+        self.tensor, self.keys, self.values = tensor, keys, values
+        self.shapes, self.dtype = tuple(shapes), dtype
+        self.lengths = [0] * self.rows
+        self._stale.clear()
+        self.generation += 1
 
     @property
-    def batch(self) -> int:
-        """Rows of the batch, 0 before the first write."""
-        return 0 if self.kv is None else self.kv.shape[0]
+    def pitch(self) -> int:
+        """Tokens from row to row."""
+        return self._memory.pitch
 
-    # ---- inside
+    @property
+    def idle_row(self) -> int:
+        return self.rows
 
-    def _reserve(self, batch: int, end: int, dtype: torch.dtype) -> None:
-        """Makes memory for tokens [0, end). All or nothing: OutOfPhysicalMemory leaves everything as it was."""
-        if self.kv is None:
-            self.kv = self._allocate(batch, end, dtype)
-        elif end > self.kv.shape[1]:
-            elastikv.grow_(self.kv, end)
+    @property
+    def token_bytes(self) -> int:
+        return 0 if self.tensor is None else self.tensor.token_bytes
 
-    def _allocate(self, batch: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-        if batch > self.max_batch:
-            raise InvalidArgument(f"a batch of {batch} does not fit a cache of max_batch={self.max_batch}")
-        one_token = (self.geometry.layers, 2, self.geometry.heads, self.geometry.head_dim)
-        # Not an inference tensor, so that both worlds may write to it. No scrubbing: what we hand out, we wrote before.
-        with torch.inference_mode(False):
-            return elastikv.empty(
-                (batch, tokens, *one_token),
-                max_shape=(batch, self.max_tokens, *one_token),
-                dtype=dtype,
-                model=self._model,
-                dim=1,
-                scrub=False,
-            )
+    @property
+    def _memory(self) -> elastikv.SlotTensor:
+        if self.tensor is None:
+            raise InvalidArgument("these slots have no memory yet: nothing was written to them")
+        return self.tensor
 
-    def _check(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Refuses what does not fit, before anything has changed."""
-        geometry = self.geometry
-        if self._closed:
-            raise InvalidArgument("this ElasticCache was closed")
-        if keys.ndim != 4 or keys.shape != values.shape or keys.shape[1::2] != (geometry.heads, geometry.head_dim):
+    # ---- rows
+
+    def acquire(self) -> int:
+        """The lowest free row, empty. Raises InvalidArgument when all are taken."""
+        if not self._free:
+            raise InvalidArgument(f"all {self.rows} slots are taken")
+        return heapq.heappop(self._free)
+
+    def release(self, row: int) -> None:
+        """Forgets the row's tokens, gives its memory back, and frees the row."""
+        if row in self._free or not 0 <= row < self.rows:
+            raise InvalidArgument(f"slot {row} is not taken")
+        self.crop([row], [0])
+        heapq.heappush(self._free, row)
+
+    # ---- lengths and memory
+
+    def reserve(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Memory for tokens[i] more tokens in rows[i]; all rows or none.
+
+        Raises InvalidArgument beyond max_tokens, OutOfPhysicalMemory.
+        """
+        wanted = [self.lengths[row] + more for row, more in zip(rows, tokens)]
+        if max(wanted, default=0) > self.max_tokens:
+            row, more = next((r, t) for r, t in zip(rows, tokens) if self.lengths[r] + t > self.max_tokens)
             raise InvalidArgument(
-                f"the cache was made for keys and values [batch, {geometry.heads}, tokens, {geometry.head_dim}]; "
-                f"layer {layer} brought keys {list(keys.shape)} and values {list(values.shape)}"
+                f"{self.lengths[row]} + {more} tokens do not fit a cache of max_tokens={self.max_tokens}"
             )
-        if keys.device != self._device or values.device != self._device:
-            raise InvalidArgument(f"the cache's pool is on {self._device}, but layer {layer} brought {keys.device}")
-        dtype = self._dtype if self.kv is None else self.kv.dtype
-        if values.dtype != keys.dtype or keys.dtype != (dtype or keys.dtype):
-            raise InvalidArgument(f"the cache holds {dtype}, but layer {layer} brought {keys.dtype}, {values.dtype}")
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            raise InvalidArgument("ElasticCache is written in place: run the model under torch.inference_mode()")
-        if layer == 0:
-            self.require_whole_steps()
-        elif layer != self._next_layer:
-            raise InvalidArgument(f"layers write in order: layer {layer} came where {self._next_layer} was due")
-        elif keys.shape[2] != self._step_tokens:
-            raise InvalidArgument(f"layer 0 brought {self._step_tokens} tokens, layer {layer} {keys.shape[2]}")
-        if self.kv is not None and keys.shape[0] != self.batch:
-            raise InvalidArgument(f"the cache holds a batch of {self.batch}, but layer {layer} brought {keys.shape[0]}")
-        if self.length + keys.shape[2] > self.max_tokens:
-            raise InvalidArgument(
-                f"{self.length} + {keys.shape[2]} tokens do not fit a cache of max_tokens={self.max_tokens}"
-            )
+        self._memory.grow(list(rows), wanted)
+
+    def prefetch(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Maps memory for tokens[i] more tokens in rows[i] in the background; a hint, cut off at max_tokens."""
+        wanted = [min(self.lengths[row] + more, self.max_tokens) for row, more in zip(rows, tokens)]
+        self._memory.prefetch(list(rows), wanted)
+
+    def set_lengths(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """The first lengths[i] tokens of rows[i] count. They must have memory."""
+        for row, length in zip(rows, lengths):
+            self.lengths[row] = length
+        self._stale.update(rows)
+
+    @property
+    def device_lengths(self) -> torch.Tensor:
+        """The lengths as int32 ``[row]`` on the device, right for work that is enqueued now. Nothing waits for it."""
+        if self._stale:
+            rows = sorted(self._stale)
+            values = upload([self.lengths[row] for row in rows], self.device).to(torch.int32)
+            self._device_lengths.index_copy_(0, upload(rows, self.device), values)
+            self._stale.clear()
+        return self._device_lengths[: self.rows]
+
+    def read_lengths(self, device_rows: torch.Tensor) -> torch.Tensor:
+        """The device's lengths, int32, of some rows, the idle one among them."""
+        if self._stale:
+            self.device_lengths  # noqa: B018 (brings them up to date)
+        return self._device_lengths.index_select(0, device_rows)
+
+    def advance_on_device(self, device_rows: torch.Tensor, lengths: torch.Tensor) -> None:
+        """The device's lengths of some rows, from a tensor; the caller follows on the host."""
+        self._device_lengths.index_copy_(0, device_rows, lengths)
+
+    def crop(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Forgets what lies behind lengths[i] in rows[i] and gives its memory back.
+
+        While somebody holds a view of the slots all memory stays, until the next crop.
+        """
+        if self.tensor is None:
+            return
+        kept = [min(self.lengths[row], length) for row, length in zip(rows, lengths)]
+        self.set_lengths(rows, kept)
+        with contextlib.suppress(InvalidArgument):
+            self.tensor.shrink(list(rows), kept)
+
+    def reset(self) -> None:
+        """Forgets everything. Addresses stay unless views are held, which then keep their memory."""
+        if self.tensor is None:
+            return
+        if self.tensor.views == 0:
+            self.crop(range(self.rows), [0] * self.rows)
+            self.tensor.shrink([self.idle_row], [0])
+        else:
+            self.drop()
+
+    def drop(self) -> None:
+        """Lets the memory go, addresses included; views that are held stay readable."""
+        self.tensor, self.keys, self.values, self.lengths = None, [], [], [0] * self.rows
+
+    # ---- views
+
+    def view(self, layer: int, row: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a row's tokens [begin, end) as views ``[head, token, dim]``; no copy."""
+        first = row * self.pitch
+        keys, values = (side[layer][first + begin : first + end] for side in (self.keys, self.values))
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+    def batch_view(self, layer: int, first: int, rows: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of ``rows`` rows from ``first`` on, ``[row, head, token, dim]``; all must have memory up to end."""
+        parts = []
+        for side in (self.keys, self.values):
+            window = side[layer].view(self.rows + 1, self.pitch, *side[layer].shape[1:])
+            parts.append(window[first : first + rows, begin:end].transpose(1, 2))
+        return parts[0], parts[1]

@@ -1,0 +1,84 @@
+// Slots: rows of tokens, each with memory for a length of its own.
+#include <ATen/core/Tensor.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "bindings/bindings.h"
+#include "bindings/tensor_arguments.h"
+#include "torch/slot_tensor.h"
+
+namespace elastikv::bindings {
+namespace {
+
+using torch::SlotTensor;
+using Integers = std::vector<std::int64_t>;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+std::shared_ptr<SlotTensor> make_slots(const ModelPtr& model, std::int64_t rows, std::int64_t max_tokens,
+                                       std::int64_t token_elements, const py::object& dtype) {
+    const at::ScalarType type = to_dtype(dtype);
+    torch::SlotStorage made;
+    {
+        const py::gil_scoped_release release;
+        made = torch::make_slot_storage(model, rows, max_tokens, token_elements, type);
+    }
+    guard_gaps(made.storage);
+    return std::make_shared<SlotTensor>(std::move(made));
+}
+
+py::object window(SlotTensor& slots, std::int64_t offset, const Integers& shape) {
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(slots.window(offset, shape)));
+}
+
+Bytes claimed_bytes(SlotTensor& slots) {
+    const py::gil_scoped_release release;  // a thread that grows them holds their lock while it waits for memory
+    return slots.block().claimed();
+}
+
+}  // namespace
+
+void bind_slots(py::module_& module) {
+    using py::arg;
+    py::class_<SlotTensor, std::shared_ptr<SlotTensor>>(
+        module, "SlotTensor",
+        R"(Rows of `max_tokens` token addresses each; every row has memory for a length of its own.
+
+A token is token_elements elements of dtype; one row's tokens lie side by side. A row starts on a page and on a whole
+token. Nothing is resident at first. The memory is charged to the model, and freed when this and the last view are gone.
+Thread-safe, but for window. Raises InvalidArgument, OutOfVirtualMemory, ModelNotFound.)")
+        .def(py::init(&make_slots), arg("model"), arg("rows"), arg("max_tokens"), arg("token_elements"), arg("dtype"))
+        .def("window", &window, arg("offset"), arg("shape"),
+             R"([rows * pitch, *shape]: of every token the elements from `offset` on.
+
+It reaches over addresses that have no memory, where a read is a fault: for kernels that are told the lengths, and for
+cutting views of resident tokens from. Kept for life; it does not count as a view that is held.)")
+        .def("grow", &SlotTensor::grow, arg("rows"), arg("tokens"), py::kw_only(), arg("exact") = false, NoGil(),
+             R"(Memory for tokens[i] tokens in rows[i]; all rows or none. Rows that have it already stay as they are.
+
+It comes in whole pages; unless `exact`, up to 1/8 of what a row holds is mapped ahead.
+Raises InvalidArgument, OutOfPhysicalMemory, ModelNotFound.)")
+        .def("shrink", &SlotTensor::shrink, arg("rows"), arg("tokens"), NoGil(),
+             R"(Gives back the pages behind tokens[i] tokens in rows[i], once work enqueued so far has finished.
+
+Raises InvalidArgument while views are held, as they could reach into them.)")
+        .def("prefetch", &SlotTensor::prefetch, arg("rows"), arg("tokens"), NoGil(),
+             "Maps memory for tokens[i] tokens in rows[i] in the background. Dropped when memory is short.")
+        .def("resident", &SlotTensor::resident, arg("row"), NoGil(), "Tokens that the row has memory for.")
+        .def(
+            "record_stream",
+            [](SlotTensor& slots, const py::object& stream) {
+                const Stream handle = to_stream(stream);
+                const py::gil_scoped_release release;
+                slots.block().record_stream(handle);
+            },
+            arg("stream"), "The memory is used on this stream too: it retires until work on it is done.")
+        .def_property_readonly("rows", &SlotTensor::rows)
+        .def_property_readonly("max_tokens", &SlotTensor::max_tokens)
+        .def_property_readonly("pitch", &SlotTensor::pitch, "Tokens from row to row, at least max_tokens.")
+        .def_property_readonly("token_bytes", [](const SlotTensor& slots) { return slots.layout().token; })
+        .def_property_readonly("claimed_bytes", &claimed_bytes, "Bytes of all rows' memory, whole pages.")
+        .def_property_readonly("views", &SlotTensor::views, "Tensors on the memory besides the windows.")
+        .def_property_readonly("model", [](SlotTensor& slots) { return slots.block().model(); });
+}
+
+}  // namespace elastikv::bindings

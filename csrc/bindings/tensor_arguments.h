@@ -1,0 +1,18 @@
+// Python values that need torch's headers.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+#include <c10/core/Storage.h>
+
+#include "bindings/bindings.h"
+
+namespace elastikv::bindings {
+
+// A torch.dtype; TypeError for anything else.
+at::ScalarType to_dtype(const py::handle& object);
+
+// Gives the storage a Python face that refuses to be read as a whole, as it has gaps without memory between the rows.
+// To be done before a tensor holds the storage, which keeps its face from then on.
+void guard_gaps(c10::Storage& storage);
+
+}  // namespace elastikv::bindings

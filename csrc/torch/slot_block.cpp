@@ -1,0 +1,145 @@
+#include "torch/slot_block.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <utility>
+
+#include "torch/elastic_block.h"
+#include "torch/streams.h"
+
+namespace elastikv::torch {
+namespace {
+
+void free_block(void* context) { delete static_cast<SlotBlock*>(context); }
+
+}  // namespace
+
+SlotLayout slot_layout(std::uint64_t rows, std::uint64_t max_tokens, Bytes token, Bytes page) {
+    if (rows == 0 || max_tokens == 0 || token == 0) {
+        throw InvalidArgument("slots need at least one row, one token and one byte a token, not " +
+                              std::to_string(rows) + ", " + std::to_string(max_tokens) + " and " +
+                              std::to_string(token));
+    }
+    constexpr Bytes most = std::numeric_limits<std::int64_t>::max();
+    const auto times = [&](Bytes a, Bytes b) {
+        if (b > most / a) {
+            throw OutOfVirtualMemory(most, std::to_string(rows) + " slots of " + std::to_string(max_tokens) +
+                                               " tokens of " + format_bytes(token) +
+                                               " do not fit 64 bits of addresses");
+        }
+        return a * b;
+    };
+    const Bytes period = times(token / std::gcd(token, page), page);
+    const Bytes periods = (times(token, max_tokens) - 1) / period + 1;
+    const SlotLayout layout{rows, max_tokens, token, times(period, periods)};
+    times(layout.pitch, rows);
+    return layout;
+}
+
+SlotBlock::SlotBlock(const ModelPtr& model, SlotLayout layout)
+    : region_(model->reserve(layout.size())),
+      layout_(layout),
+      page_(model->pool().page_size()),
+      claimed_(layout.rows, 0) {}
+
+SlotBlock::~SlotBlock() {
+    try {
+        region_->set_final_streams(users());
+    } catch (...) {
+        // torch can't name the current stream any more, as at exit: the recorded ones are all that is known.
+        region_->set_final_streams(std::move(recorded_));
+    }
+}
+
+std::vector<Stream> SlotBlock::users() const {
+    std::vector<Stream> streams = recorded_;
+    const Stream current = current_stream(model()->pool().device());
+    if (std::find(streams.begin(), streams.end(), current) == streams.end()) streams.push_back(current);
+    return streams;
+}
+
+void SlotBlock::add_stream(Stream stream) {
+    if (std::find(recorded_.begin(), recorded_.end(), stream) == recorded_.end()) recorded_.push_back(stream);
+}
+
+void SlotBlock::record_stream(Stream stream) {
+    const std::lock_guard lock(mutex_);
+    add_stream(stream);
+}
+
+Bytes SlotBlock::pages_for(std::uint64_t tokens) const { return (tokens * layout_.token + page_ - 1) / page_ * page_; }
+
+void SlotBlock::grow(std::span<const RowTokens> rows, bool exact) {
+    const std::lock_guard lock(mutex_);
+    const Stream stream = current_stream(model()->pool().device());
+    std::vector<std::pair<std::uint64_t, ByteRange>> taken;  // by row; offsets in the row
+    taken.reserve(rows.size());
+    try {
+        for (const RowTokens& wanted : rows) {
+            const Bytes begin = claimed_[wanted.row];
+            const Bytes end = pages_for(wanted.tokens);
+            if (end <= begin) continue;
+            AllocateOptions options;
+            options.stream = stream;
+            options.open_ended = !exact;
+            options.held = begin;
+            options.grow_end = layout_.row_offset(wanted.row) + layout_.pitch;
+            region_->claim(layout_.row_offset(wanted.row) + begin, end - begin, options);
+            taken.push_back({wanted.row, {begin, end}});
+            claimed_[wanted.row] = end;
+        }
+    } catch (...) {
+        std::vector<ByteRange> parts;
+        for (const auto& [row, part] : taken) {
+            claimed_[row] = std::min(claimed_[row], part.begin);
+            parts.push_back({layout_.row_offset(row) + part.begin, layout_.row_offset(row) + part.end});
+        }
+        // Nobody has used it, so there is no stream to wait for, and this can't fail.
+        if (!parts.empty()) region_->release(std::move(parts), {});
+        throw;
+    }
+    if (!taken.empty()) add_stream(stream);
+}
+
+void SlotBlock::shrink(std::span<const RowTokens> rows) {
+    const std::lock_guard lock(mutex_);
+    std::vector<Bytes> left = claimed_;
+    for (const RowTokens& wanted : rows) left[wanted.row] = std::min(left[wanted.row], pages_for(wanted.tokens));
+    std::vector<ByteRange> parts;
+    for (std::uint64_t row = 0; row < layout_.rows; ++row) {
+        if (left[row] == claimed_[row]) continue;
+        parts.push_back({layout_.row_offset(row) + left[row], layout_.row_offset(row) + claimed_[row]});
+    }
+    if (parts.empty()) return;
+    region_->release(std::move(parts), users());
+    claimed_ = std::move(left);
+}
+
+void SlotBlock::prefetch(std::span<const RowTokens> rows) {
+    const std::lock_guard lock(mutex_);
+    for (const RowTokens& wanted : rows) {
+        const Bytes begin = claimed_[wanted.row];
+        const Bytes end = pages_for(wanted.tokens);
+        if (end > begin) region_->prefetch(layout_.row_offset(wanted.row) + begin, end - begin);
+    }
+}
+
+Bytes SlotBlock::claimed(std::uint64_t row) const {
+    const std::lock_guard lock(mutex_);
+    return claimed_[row];
+}
+
+Bytes SlotBlock::claimed() const {
+    const std::lock_guard lock(mutex_);
+    return std::accumulate(claimed_.begin(), claimed_.end(), Bytes{0});
+}
+
+c10::DataPtr SlotBlock::into_data_ptr(std::unique_ptr<SlotBlock> block) {
+    auto* const address = reinterpret_cast<void*>(static_cast<std::uintptr_t>(block->address()));
+    const c10::Device device = torch_device(block->model()->pool().device());
+    return {address, block.release(), &free_block, device};
+}
+
+}  // namespace elastikv::torch

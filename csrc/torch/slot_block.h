@@ -1,0 +1,80 @@
+// The memory behind slots: rows of equal pitch in one region, of which each has a resident front of its own.
+#pragma once
+
+#include <c10/core/Allocator.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "shared/model.h"
+
+namespace elastikv::torch {
+
+// A row starts on a page and on a whole token, so every row lies over its pages in the same way, and what one gives
+// back is nobody else's.
+struct SlotLayout {
+    std::uint64_t rows = 0;
+    std::uint64_t max_tokens = 0;  // of a row
+    Bytes token = 0;               // bytes of one token
+    Bytes pitch = 0;               // bytes from row to row: whole tokens and whole pages
+
+    Bytes row_offset(std::uint64_t row) const { return row * pitch; }
+    Bytes size() const { return rows * pitch; }
+};
+
+// Throws InvalidArgument for zeros, OutOfVirtualMemory where 64 bits of addresses do not hold it.
+SlotLayout slot_layout(std::uint64_t rows, std::uint64_t max_tokens, Bytes token, Bytes page);
+
+// How many tokens a row is to have memory for.
+struct RowTokens {
+    std::uint64_t row = 0;
+    std::uint64_t tokens = 0;
+};
+
+// Owned by a storage's DataPtr, so it dies with the last view. Thread safe, its mutex is taken before the model's.
+// Rows and tokens are within the layout: the caller has checked them.
+class SlotBlock {
+  public:
+    // Reserves the addresses; nothing is resident. Throws OutOfVirtualMemory, ModelNotFound.
+    SlotBlock(const ModelPtr& model, SlotLayout layout);
+    // The memory retires until work on the current stream and on recorded ones is done.
+    ~SlotBlock();
+
+    Address address() const { return region_->base(); }
+    const ModelPtr& model() const { return region_->model(); }
+    const SlotLayout& layout() const { return layout_; }
+
+    // Memory for so many tokens in each of the rows, or in none; rows that have it already stay as they are. It comes
+    // in whole pages, and unless `exact`, extents may reach further by a share of what the row holds. Errors are
+    // VirtualMemoryPool::allocate's.
+    void grow(std::span<const RowTokens> rows, bool exact);
+    // Gives back the pages behind so many tokens, in all of the rows or in none. Throws CudaError.
+    void shrink(std::span<const RowTokens> rows);
+    // Maps pages up to so many tokens in the background; a hint.
+    void prefetch(std::span<const RowTokens> rows);
+    // Bytes that the row holds, whole pages.
+    Bytes claimed(std::uint64_t row) const;
+    Bytes claimed() const;  // all rows
+    // The memory is used on this stream too: it retires until work on it is done.
+    void record_stream(Stream stream);
+
+    // Puts the block behind a DataPtr, which owns it from now on.
+    static c10::DataPtr into_data_ptr(std::unique_ptr<SlotBlock> block);
+
+  private:
+    std::vector<Stream> users() const;
+    void add_stream(Stream stream);
+    Bytes pages_for(std::uint64_t tokens) const;
+
+    const std::unique_ptr<Region> region_;
+    const SlotLayout layout_;
+    const Bytes page_;
+    mutable std::mutex mutex_;
+    std::vector<Bytes> claimed_;  // by row
+    std::vector<Stream> recorded_;
+};
+
+}  // namespace elastikv::torch

@@ -1,0 +1,63 @@
+// Slots: the keys and values of many sequences of different lengths, each in a row of its own.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Storage.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "torch/slot_block.h"
+
+namespace elastikv::torch {
+
+// Addresses for `rows` rows of `max_tokens` tokens of `token_elements` elements, on a storage that no tensor holds yet.
+struct SlotStorage {
+    c10::Storage storage;
+    SlotBlock* block = nullptr;  // the storage's
+    caffe2::TypeMeta type;
+    std::int64_t token_elements = 0;
+};
+// Throws InvalidArgument, OutOfVirtualMemory, ModelNotFound.
+SlotStorage make_slot_storage(const ModelPtr& model, std::int64_t rows, std::int64_t max_tokens,
+                              std::int64_t token_elements, at::ScalarType dtype);
+
+// Owns the storage, and hands out windows on it. Each row has memory for as many tokens as it was grown to; the rest of
+// its addresses are reserved, and touching them is a fault. Never scrubbed: what is read, its owner wrote before.
+//
+// Thread safe as far as the memory goes; windows are to be made by one thread.
+class SlotTensor {
+  public:
+    explicit SlotTensor(SlotStorage made);
+
+    std::int64_t rows() const { return static_cast<std::int64_t>(layout().rows); }
+    std::int64_t max_tokens() const { return static_cast<std::int64_t>(layout().max_tokens); }
+    // Tokens from row to row.
+    std::int64_t pitch() const { return static_cast<std::int64_t>(layout().pitch / layout().token); }
+    const SlotLayout& layout() const { return made_.block->layout(); }
+    SlotBlock& block() { return *made_.block; }
+
+    // [rows * pitch, *shape]: of every token the elements from `offset` on. It reaches over addresses without memory,
+    // so it is for kernels that are told the lengths, and for cutting exact views from. Kept for as long as this lives.
+    // Throws InvalidArgument for what is not within a token.
+    at::Tensor window(std::int64_t offset, const std::vector<std::int64_t>& shape);
+
+    // Tokens by row, as in SlotBlock. Throws InvalidArgument for lists of unequal length, rows and tokens that are
+    // outside; shrink also while others hold views, which could reach into what is given back.
+    void grow(const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& tokens, bool exact);
+    void shrink(const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& tokens);
+    void prefetch(const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& tokens);
+    // Tokens that the row has memory for.
+    std::int64_t resident(std::int64_t row) const;
+    // Tensors on the memory besides the windows.
+    std::size_t views() const;
+
+  private:
+    std::vector<RowTokens> checked(const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& tokens,
+                                   const char* doing) const;
+
+    SlotStorage made_;
+    std::vector<at::Tensor> windows_;
+};
+
+}  // namespace elastikv::torch

@@ -1,0 +1,76 @@
+"""Memory for rows that grow by a token a step, always mapped before it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from elastikv.errors import OutOfPhysicalMemory
+
+if TYPE_CHECKING:
+    from elastikv.hf.slots import Slots
+
+#: Tokens that are claimed ahead of the longest step, so that the books are opened once in so many steps.
+SLACK = 32
+
+
+class Room:
+    """Says before each step that there is memory for one more token in every row, and makes it so.
+
+    Claims a few tokens ahead, and has the pool's worker map an eighth beyond: in steady decode the calling thread finds
+    its pages mapped. `used` are upper bounds of the rows' lengths: the device may know of rows that have ended already.
+    bounds: what the rows grow to at most; beside that they have a place to write to once they have ended.
+    """
+
+    def __init__(self, slots: Slots, rows: Sequence[int], used: Sequence[int], bounds: Sequence[int]) -> None:
+        self._slots = slots
+        self._rows = list(rows)
+        self._bounds = list(bounds)
+        self.used = list(used)
+        self._ahead = [0] * len(self._rows)  # what the worker was asked to map
+        self._steps = 0  # so many more steps have room
+
+    @property
+    def longest(self) -> int:
+        return max(self.used)
+
+    def make(self) -> None:
+        """Room for one more token in each row; nothing changes if there is none. Raises OutOfPhysicalMemory."""
+        if self._steps > 0:
+            return
+        slots = self._slots
+        tensor = slots.tensor
+        assert tensor is not None
+        for slack in (SLACK, 1):
+            try:
+                tensor.grow(self._rows, [min(used + slack, tensor.max_tokens) for used in self.used], exact=True)
+                break
+            except OutOfPhysicalMemory:
+                if slack == 1:
+                    raise
+        held = [tensor.resident(row) for row in self._rows]
+        self._steps = min(tokens - used for tokens, used in zip(held, self.used))
+        # What the next claim may ask for must be on its way already; then an eighth more, so that extents are few.
+        late = [
+            index
+            for index, tokens in enumerate(held)
+            if self._ahead[index] < tokens + SLACK and tokens <= self._bounds[index]
+        ]
+        for index in late:
+            used = self.used[index]
+            self._ahead[index] = min(max(held[index] + 2 * SLACK, used + SLACK + used // 8), tensor.max_tokens)
+        late = [index for index in late if self._ahead[index] > held[index]]
+        if late:
+            tensor.prefetch([self._rows[index] for index in late], [self._ahead[index] for index in late])
+
+    def set_row(self, index: int, row: int, used: int, bound: int) -> None:
+        """Another row in this place."""
+        self._rows[index], self.used[index], self._bounds[index], self._ahead[index] = row, used, bound, 0
+        self._steps = 0
+
+    def took(self, ended: Sequence[bool]) -> None:
+        """A step ran; rows that had ended before it did not grow."""
+        for index, end in enumerate(ended):
+            if not end:
+                self.used[index] = min(self.used[index] + 1, self._bounds[index])
+        self._steps -= 1
