@@ -6,27 +6,26 @@
 
 namespace elastikv {
 
-Bytes VirtualMemoryPool::try_allocate(ByteRange bytes, const AllocateOptions& options) {
+Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const AllocateOptions& options) {
     settle_passed();
-    if (const auto held = table_.live().first_overlap(bytes)) throw AlreadyMapped(bytes, *held);
-    const ByteRange pages = table_.pages_of(bytes);
-
+    for (const ByteRange& part : parts) {
+        if (const auto held = table_.live().first_overlap(part)) throw AlreadyMapped(part, *held);
+    }
     std::vector<Extent> fresh;
     std::vector<Extent*> scrubbed;
     bool zeroed = false;
     try {
-        for (const ByteRange& gap : table_.gaps(pages)) {
-            const Bytes step = options.largest_extent == 0 ? gap.size() : options.largest_extent;
-            for (Bytes begin = gap.begin; begin < gap.end; begin += std::min(step, gap.end - begin)) {
-                const ByteRange piece{begin, begin + std::min(step, gap.end - begin)};
-                if (try_fill_gap(piece, options, fresh) == 0) continue;
-                undo(fresh);
-                return gap.end - piece.begin;
-            }
+        for (const ByteRange& part : parts) {
+            const Bytes lacking = try_fill_gaps(table_.pages_of(part), options, fresh);
+            if (lacking == 0) continue;
+            undo(fresh);
+            return lacking;
         }
         for (const Extent& extent : fresh) zeroed |= !extent.clean.empty() && !driver_->capabilities().fresh_is_zero;
-        order_after_earlier_users(bytes, options.stream);
-        prepare_kept_extents(bytes, options, zeroed, scrubbed);
+        for (const ByteRange& part : parts) {
+            order_after_earlier_users(part, options.stream);
+            prepare_kept_extents(part, options, zeroed, scrubbed);
+        }
         if (zeroed && driver_->capabilities().asynchronous) {
             auto fence = RecordedFence::try_record(driver_, driver_->service_stream());
             if (!fence.ok()) throw CudaError(fence.status(), "recording the end of scrubbing");
@@ -51,9 +50,20 @@ Bytes VirtualMemoryPool::try_allocate(ByteRange bytes, const AllocateOptions& op
         if (extent.zeroing) scrubbing_.emplace_back(extent.range.begin, extent.zeroing);
         table_.insert(std::move(extent));
     }
-    table_.claim(bytes);
+    for (const ByteRange& part : parts) table_.claim(part);
     note_peaks();
     if (!scrubbing_.empty()) worker_.wake();
+    return 0;
+}
+
+Bytes VirtualMemoryPool::try_fill_gaps(ByteRange pages, const AllocateOptions& options, std::vector<Extent>& fresh) {
+    for (const ByteRange& gap : table_.gaps(pages)) {
+        const Bytes step = options.largest_extent == 0 ? gap.size() : options.largest_extent;
+        for (Bytes begin = gap.begin; begin < gap.end; begin += std::min(step, gap.end - begin)) {
+            const ByteRange piece{begin, begin + std::min(step, gap.end - begin)};
+            if (try_fill_gap(piece, options, fresh) > 0) return gap.end - piece.begin;
+        }
+    }
     return 0;
 }
 

@@ -91,11 +91,38 @@ Bytes VirtualMemoryPool::try_claim(Bytes offset, Bytes size, const AllocateOptio
     const ByteRange bytes = checked_range(offset, size);
     const std::lock_guard lock(mutex_);
     require_open();
-    return try_allocate(bytes, options);
+    return try_allocate({&bytes, 1}, options);
+}
+
+Bytes VirtualMemoryPool::try_claim_all(std::span<const ByteRange> parts, const AllocateOptions& options) {
+    process_.require_same_process();
+    Bytes reached = 0;
+    for (const ByteRange& part : parts) {
+        checked_range(part.begin, part.size());
+        const ByteRange pages = table_.pages_of(part);
+        if (pages.begin < reached) {
+            throw InvalidArgument("parts to allocate must come in order and share no page, but one begins at " +
+                                  std::to_string(part.begin) + ", on the page of the one before or below it");
+        }
+        reached = pages.end;
+    }
+    const std::lock_guard lock(mutex_);
+    require_open();
+    return try_allocate(parts, options);
 }
 
 Bytes VirtualMemoryPool::make_room(Bytes lacking, bool wait) {
     return budget_ ? budget_->make_room(lacking, wait) : reclaim(lacking, wait);
+}
+
+Bytes VirtualMemoryPool::room() const {
+    process_.require_same_process();
+    MemoryInfo device;
+    if (!budget_) (void)driver_->memory_info(device);
+    const Bytes free = budget_ ? budget_->available() : device.free;
+    const std::lock_guard lock(mutex_);
+    require_open();
+    return free + table_.totals().parked;
 }
 
 OutOfPhysicalMemory VirtualMemoryPool::out_of_memory(Bytes lacking) const {

@@ -59,9 +59,14 @@ class VirtualMemoryPool {
     // The same without making room: returns the bytes that were lacking, 0 where it succeeded. For a caller whose own
     // locks must not be held while room is made. Throws as allocate, but for OutOfPhysicalMemory.
     Bytes try_claim(Bytes offset, Bytes size, const AllocateOptions& options = {});
+    // The same for several parts, all or none of them. No two may share a page: InvalidArgument.
+    Bytes try_claim_all(std::span<const ByteRange> parts, const AllocateOptions& options = {});
     // What allocate() does between attempts, without a lock: room for `lacking` bytes, from the budget's other pools
     // too. Returns the bytes freed.
     Bytes make_room(Bytes lacking, bool wait);
+    // What could be mapped now without taking it from others: room in the budget, or on the device where there is none,
+    // and what is parked here. A hint, as others may be faster.
+    Bytes room() const;
     // The error for a caller of try_claim that gives up.
     OutOfPhysicalMemory out_of_memory(Bytes lacking) const;
     // Frees all of it; it must be wholly allocated. `streams` are those whose work may still touch it; their handles
@@ -139,7 +144,8 @@ class VirtualMemoryPool {
     // growth.cpp
     // Returns the bytes that were lacking, 0 where it succeeded; throws on any other failure. State changes only on
     // success.
-    Bytes try_allocate(ByteRange bytes, const AllocateOptions& options);
+    Bytes try_allocate(std::span<const ByteRange> parts, const AllocateOptions& options);
+    Bytes try_fill_gaps(ByteRange pages, const AllocateOptions& options, std::vector<Extent>& fresh);
     Bytes try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh);
     Bytes open_ended_end(ByteRange gap, const AllocateOptions& options) const;
     Status try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh);

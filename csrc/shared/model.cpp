@@ -152,6 +152,13 @@ void Region::claim(Bytes offset, Bytes size, AllocateOptions options) {
     model_->pool().allocate(within(offset, size).begin, size, options);
 }
 
+Bytes Region::try_claim(std::vector<ByteRange> parts, AllocateOptions options) {
+    model_->require_registered();
+    options.grow_end = range_.begin + std::min(options.grow_end, range_.size());
+    for (ByteRange& part : parts) part = within(part.begin, part.size());
+    return model_->pool().try_claim_all(parts, options);
+}
+
 void Region::release(std::vector<ByteRange> parts, std::span<const Stream> streams) {
     for (ByteRange& part : parts) part = within(part.begin, part.size());
     model_->pool().deallocate_all(std::move(parts), streams);
