@@ -18,6 +18,7 @@ void bind_stats(py::module_& module);
 void bind_pools(py::module_& module);
 void bind_tensors(py::module_& module);
 void bind_slots(py::module_& module);
+void bind_blocks(py::module_& module);
 void bind_devices(py::module_& module);
 void bind_ways(py::module_& module);
 void bind_allocator(py::module_& module);
