@@ -7,7 +7,6 @@
 namespace elastikv {
 
 Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const AllocateOptions& options) {
-    settle_passed();
     for (const ByteRange& part : parts) {
         if (const auto held = table_.live().first_overlap(part)) throw AlreadyMapped(part, *held);
     }
@@ -61,7 +60,9 @@ Bytes VirtualMemoryPool::try_fill_gaps(ByteRange pages, const AllocateOptions& o
         const Bytes step = options.largest_extent == 0 ? gap.size() : options.largest_extent;
         for (Bytes begin = gap.begin; begin < gap.end; begin += std::min(step, gap.end - begin)) {
             const ByteRange piece{begin, begin + std::min(step, gap.end - begin)};
-            if (try_fill_gap(piece, options, fresh) > 0) return gap.end - piece.begin;
+            AllocateOptions of_piece = options;
+            of_piece.open_ended = options.open_ended && piece.end == gap.end;
+            if (try_fill_gap(piece, of_piece, fresh) > 0) return gap.end - piece.begin;
         }
     }
     return 0;
@@ -86,7 +87,8 @@ Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& opti
 
 Bytes VirtualMemoryPool::open_ended_end(ByteRange gap, const AllocateOptions& options) const {
     if (!options.open_ended) return gap.end;
-    const Bytes limit = std::min(align_down(std::max(options.grow_end, gap.end), page_size()), capacity());
+    Bytes limit = std::min(align_down(std::max(options.grow_end, gap.end), page_size()), capacity());
+    if (options.largest_extent > 0) limit = std::min(limit, gap.begin + options.largest_extent);
     const double holds = static_cast<double>(options.held + gap.size());
     const Bytes ahead = align_down(static_cast<Bytes>(holds * options_.growth_share), page_size());
     if (ahead == 0 || limit <= gap.end) return gap.end;
@@ -191,7 +193,7 @@ void VirtualMemoryPool::wait_for_service_stream() noexcept {
 }
 
 void VirtualMemoryPool::note_peaks() {
-    peak_physical_ = std::max(peak_physical_, table_.totals().physical);
+    peak_physical_ = std::max(peak_physical_, table_.totals().physical());
     peak_used_ = std::max(peak_used_, table_.totals().used);
 }
 

@@ -89,8 +89,9 @@ Address VirtualMemoryPool::allocate(Bytes offset, Bytes size, const AllocateOpti
 Bytes VirtualMemoryPool::try_claim(Bytes offset, Bytes size, const AllocateOptions& options) {
     process_.require_same_process();
     const ByteRange bytes = checked_range(offset, size);
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     require_open();
+    clear_idle_aliases(lock, {&bytes, 1});
     return try_allocate({&bytes, 1}, options);
 }
 
@@ -106,8 +107,9 @@ Bytes VirtualMemoryPool::try_claim_all(std::span<const ByteRange> parts, const A
         }
         reached = pages.end;
     }
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     require_open();
+    clear_idle_aliases(lock, parts);
     return try_allocate(parts, options);
 }
 
@@ -219,7 +221,7 @@ std::optional<Bytes> VirtualMemoryPool::blocked_until(Bytes offset, Bytes size) 
 Bytes VirtualMemoryPool::physical_memory_usage() const {
     process_.require_same_process();
     const std::lock_guard lock(mutex_);
-    return table_.totals().physical;
+    return table_.totals().physical();
 }
 
 MemoryStats VirtualMemoryPool::stats() const {
@@ -228,16 +230,17 @@ MemoryStats VirtualMemoryPool::stats() const {
     const PageTotals& totals = table_.totals();
     MemoryStats stats;
     stats.virtual_capacity = capacity();
-    stats.physical_usage = totals.physical;
+    stats.physical_usage = totals.physical();
     stats.page_size = page_size();
-    stats.mapped_pages = totals.physical / page_size();
+    stats.mapped_pages = stats.physical_usage / page_size();
     stats.live = table_.live().total();
     stats.used = totals.used;
     stats.retiring = totals.retiring;
     stats.parked = totals.parked;
-    stats.stranded = totals.physical - totals.used - totals.retiring - totals.parked;
-    if (totals.physical > 0) {
-        stats.fragmentation_ratio = 1.0 - static_cast<double>(stats.live) / static_cast<double>(totals.physical);
+    stats.stranded = totals.mapped - totals.used - totals.retiring - totals.parked;
+    stats.aliased = totals.aliased;
+    if (totals.mapped > 0) {
+        stats.fragmentation_ratio = 1.0 - static_cast<double>(stats.live) / static_cast<double>(totals.mapped);
     }
     stats.extents = table_.extent_count();
     stats.peak_physical = peak_physical_;

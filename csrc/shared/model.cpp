@@ -164,6 +164,20 @@ void Region::release(std::vector<ByteRange> parts, std::span<const Stream> strea
     model_->pool().deallocate_all(std::move(parts), streams);
 }
 
+void Region::alias(Bytes to, const Region& source, Bytes from, Bytes size, Bytes shared,
+                   const AllocateOptions& options) {
+    model_->require_registered();
+    if (source.model_ != model_) {
+        throw InvalidArgument("memory of model '" + model_->name() + "' can't alias that of model '" +
+                              source.model_->name() + "': a model reads no other's bytes");
+    }
+    model_->pool().alias(within(to, size).begin, source.within(from, size).begin, size, shared, options);
+}
+
+void Region::make_writable(Bytes offset, Bytes size, std::span<const Stream> streams) {
+    model_->pool().make_writable(within(offset, size).begin, size, streams);
+}
+
 void Region::prefetch(Bytes offset, Bytes size) {
     model_->require_registered();
     model_->pool().prefetch(within(offset, size).begin, size);

@@ -81,6 +81,11 @@ class Region {
     // All parts or none.
     void release(std::vector<ByteRange> parts, std::span<const Stream> streams);
     void prefetch(Bytes offset, Bytes size);
+    // [to, to + size) becomes resident with the content of the same many bytes of `source` from `from` on; extents
+    // within the first `shared` of them are shared. `source` is a region of the same model, or InvalidArgument. See
+    // VirtualMemoryPool::alias and make_writable.
+    void alias(Bytes to, const Region& source, Bytes from, Bytes size, Bytes shared, const AllocateOptions& options);
+    void make_writable(Bytes offset, Bytes size, std::span<const Stream> streams);
     // What is left when the region dies is released on these streams.
     void set_final_streams(std::vector<Stream> streams) { final_streams_ = std::move(streams); }
 

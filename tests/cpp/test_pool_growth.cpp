@@ -198,6 +198,21 @@ TEST_CASE("a request may be kept to extents of a size, which then go back one by
     at.finish();
 }
 
+TEST_CASE("open-ended growth in extents of a size maps ahead within the last of them", "[pool][growth]") {
+    PoolFixture at({.options = {.growth_share = 1.0}});
+    AllocateOptions options = open_ended(0, 64 * at.page);
+    options.largest_extent = 4 * at.page;
+    at.pool->allocate(0, 10 * at.page, options);
+    CHECK(at.pool->physical_memory_usage() == 12 * at.page);
+    CHECK(at.pool->stats().extents == 3);
+    options.held = 10 * at.page;
+    at.pool->allocate(10 * at.page, 3 * at.page, options);
+    CHECK(at.pool->physical_memory_usage() == 16 * at.page);
+    CHECK(at.pool->stats().extents == 4);
+    at.require_sound();
+    at.finish();
+}
+
 TEST_CASE("several parts are claimed as a whole or not at all", "[pool][growth]") {
     PoolFixture at({.limit_pages = 6});
     at.pool->allocate(20 * at.page, at.page);
