@@ -70,6 +70,7 @@ PYBIND11_MODULE(_core, module) {
     bind_timeline(module);
     bind_tensors(module);
     bind_slots(module);
+    bind_blocks(module);
     bind_devices(module);
     bind_ways(module);
     bind_allocator(module);

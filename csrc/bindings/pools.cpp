@@ -74,6 +74,25 @@ void pool_prefetch(Pool& pool, const py::object& offset, const py::object& size)
     pool.prefetch(begin, bytes);
 }
 
+void pool_alias(Pool& pool, const py::object& to, const py::object& source, const py::object& size,
+                const py::object& shared) {
+    const Bytes target = to_offset(to, size, pool.capacity());
+    const Bytes from = to_offset(source, size, pool.capacity());
+    const Bytes bytes = to_bytes(size, "size");
+    const Bytes of_these = shared.is_none() ? bytes : to_bytes(shared, "shared");
+    const AllocateOptions options = to_allocate_options(false, pool.device());
+    const py::gil_scoped_release release;
+    pool.alias(target, from, bytes, of_these, options);
+}
+
+void pool_make_writable(Pool& pool, const py::object& offset, const py::object& size, const py::object& streams) {
+    const Bytes begin = to_offset(offset, size, pool.capacity());
+    const Bytes bytes = to_bytes(size, "size");
+    const std::vector<Stream> handles = to_streams(streams, pool.device());
+    const py::gil_scoped_release release;
+    pool.make_writable(begin, bytes, handles);
+}
+
 bool pool_is_mapped(const Pool& pool, const py::object& offset, const py::object& size) {
     const py::int_ limit = py::int_(pool.capacity());
     const bool outside = offset < py::int_(0) || size < py::int_(0) || offset > limit || size > limit;
@@ -191,6 +210,19 @@ All or nothing. Raises InvalidSize, InvalidOffset, AlreadyMapped, OutOfPhysicalM
 The memory retires until work enqueued on `streams` so far has finished: torch.cuda.Stream objects or raw handles; None:
 torch's current stream. With a gate, only what is enqueued until the gate opens counts, and the memory waits for that.
 Raises InvalidSize, InvalidOffset, NotMapped, CudaError, PoolClosed.)")
+        .def(
+            "alias", &pool_alias, arg("to"), arg("source"), arg("size"), py::kw_only(), arg("shared") = none,
+            R"(Allocates [to, to + size) with the content of [source, source + size), as far as possible on the same memory.
+
+Extents that lie wholly within the first `shared` bytes (None: all) are mapped at both places and cost nothing; the rest is
+copied, behind what torch's current stream does. Shared bytes may be written, at either place, only after make_writable().
+to and source must lie at the same place of a page. All or nothing. Raises InvalidSize, InvalidOffset, InvalidAlignment,
+InvalidArgument, NotMapped, AlreadyMapped, OutOfPhysicalMemory, MappingFailed, CudaError, PoolClosed.)")
+        .def("make_writable", &pool_make_writable, arg("offset"), arg("size"), py::kw_only(), arg("streams") = none,
+             R"(Gives [offset, offset + size) memory of its own wherever it shares some, beneath the same addresses.
+
+Waits for work on `streams`, those that touch the range (None: torch's current stream). Costs nothing where nothing is
+shared. Raises InvalidSize, InvalidOffset, InvalidArgument, OutOfPhysicalMemory, CudaError, PoolClosed.)")
         .def("prefetch", &pool_prefetch, arg("offset"), arg("size"),
              "Maps the pages of [offset, offset + size) in the background, so that allocate() needs no driver call. A "
              "hint: "

@@ -15,12 +15,14 @@ using Integers = std::vector<std::int64_t>;
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
 std::shared_ptr<SlotTensor> make_slots(const ModelPtr& model, std::int64_t rows, std::int64_t max_tokens,
-                                       std::int64_t token_elements, const py::object& dtype) {
+                                       std::int64_t token_elements, const py::object& dtype,
+                                       const py::object& largest_extent) {
     const at::ScalarType type = to_dtype(dtype);
+    const Bytes largest = to_bytes(largest_extent, "largest_extent");
     torch::SlotStorage made;
     {
         const py::gil_scoped_release release;
-        made = torch::make_slot_storage(model, rows, max_tokens, token_elements, type);
+        made = torch::make_slot_storage(model, rows, max_tokens, token_elements, type, largest);
     }
     guard_gaps(made.storage);
     return std::make_shared<SlotTensor>(std::move(made));
@@ -43,10 +45,14 @@ void bind_slots(py::module_& module) {
         module, "SlotTensor",
         R"(Rows of `max_tokens` token addresses each; every row has memory for a length of its own.
 
+largest_extent: bytes that memory comes in at most, rounded up to pages; 0: any. An extent is shared by fork() whole, and
+copied otherwise, so rows that are to be forked want 16 to 64 MiB.
+
 A token is token_elements elements of dtype; one row's tokens lie side by side. A row starts on a page and on a whole
 token. Nothing is resident at first. The memory is charged to the model, and freed when this and the last view are gone.
 Thread-safe, but for window. Raises InvalidArgument, OutOfVirtualMemory, ModelNotFound.)")
-        .def(py::init(&make_slots), arg("model"), arg("rows"), arg("max_tokens"), arg("token_elements"), arg("dtype"))
+        .def(py::init(&make_slots), arg("model"), arg("rows"), arg("max_tokens"), arg("token_elements"), arg("dtype"),
+             py::kw_only(), arg("largest_extent") = 0)
         .def("window", &window, arg("offset"), arg("shape"),
              R"([rows * pitch, *shape]: of every token the elements from `offset` on.
 
@@ -63,6 +69,17 @@ Raises InvalidArgument, OutOfPhysicalMemory, ModelNotFound.)")
 Raises InvalidArgument while views are held, as they could reach into them.)")
         .def("prefetch", &SlotTensor::prefetch, arg("rows"), arg("tokens"), NoGil(),
              "Maps memory for tokens[i] tokens in rows[i] in the background. Dropped when memory is short.")
+        .def("fork", &SlotTensor::fork, arg("to"), arg("source"), arg("tokens"), NoGil(),
+             R"(Gives row `to`, which must be empty, the first `tokens` tokens of row `source`. All or nothing.
+
+Extents that lie wholly within these tokens are shared by both rows and cost nothing; the rest is copied, behind what the
+current stream does. Either row may go on behind the fork at once; before it writes a token below, make_writable().
+Raises InvalidArgument, OutOfPhysicalMemory, MappingFailed, CudaError, ModelNotFound.)")
+        .def("make_writable", &SlotTensor::make_writable, arg("row"), arg("begin"), arg("end"), NoGil(),
+             R"(A copy of the row's own of what it shares between the two tokens, beneath the same addresses.
+
+Waits for work on the current stream and on recorded ones; costs nothing where nothing is shared.
+Raises InvalidArgument, OutOfPhysicalMemory, CudaError.)")
         .def("resident", &SlotTensor::resident, arg("row"), NoGil(), "Tokens that the row has memory for.")
         .def(
             "record_stream",

@@ -53,7 +53,8 @@ void bind_stats(py::module_& module) {
 
     py::class_<MemoryStats>(
         module, "MemoryStats",
-        "A pool's state at one moment, in bytes. physical_usage = used + retiring + parked + stranded.")
+        "A pool's state at one moment, in bytes. physical_usage + aliased = used + retiring + parked + "
+        "stranded.")
         .def_readonly("virtual_capacity", &MemoryStats::virtual_capacity)
         .def_readonly("physical_usage", &MemoryStats::physical_usage)
         .def_readonly("mapped_pages", &MemoryStats::mapped_pages)
@@ -64,6 +65,7 @@ void bind_stats(py::module_& module) {
         .def_readonly("retiring", &MemoryStats::retiring)
         .def_readonly("parked", &MemoryStats::parked)
         .def_readonly("stranded", &MemoryStats::stranded)
+        .def_readonly("aliased", &MemoryStats::aliased)
         .def_readonly("extents", &MemoryStats::extents)
         .def_readonly("peak_physical", &MemoryStats::peak_physical)
         .def_readonly("peak_used", &MemoryStats::peak_used)

@@ -15,11 +15,11 @@ Bytes VirtualMemoryPool::compact() {
     restore_access();
     std::vector<Bytes> partly_idle;
     table_.for_each_extent({0, capacity()}, [&](const Extent& extent) {
-        const bool moves =
-            extent.used > 0 && extent.used < extent.range.size() && extent.retiring == 0 && !extent.exported;
+        const bool moves = extent.used > 0 && extent.used < extent.range.size() && extent.retiring == 0 &&
+                           !extent.exported && !extent.shared();
         if (moves) partly_idle.push_back(extent.range.begin);
     });
-    for (const Bytes begin : partly_idle) freed += try_retile(begin);
+    for (const Bytes begin : partly_idle) (void)try_retile(begin, freed);
     return freed;
 }
 
@@ -32,40 +32,46 @@ void VirtualMemoryPool::restore_access() {
     });
 }
 
-// Returns the bytes freed; 0 where the budget or the driver did not allow it, and then nothing has changed.
-Bytes VirtualMemoryPool::try_retile(Bytes begin) {
+// Adds the bytes freed to `freed`. Where the budget or the driver did not allow it nothing has changed, and the answer
+// says why; a budget that is short reads as a create() without memory.
+Status VirtualMemoryPool::try_retile(Bytes begin, Bytes& freed) {
     Extent& old = *table_.find(begin);
-    const ByteRange range = old.range;
-    const Bytes used = old.used;
+    const Bytes idle = old.range.size() - old.used;
     std::vector<Extent> fresh;
-    if (!try_copy_out(old, fresh) || !try_swap_in(old, fresh)) {
+    Status status = try_copy_out(old, fresh);
+    if (status.ok()) status = try_swap_in(old, fresh);
+    if (!status.ok()) {
         // The place beneath is taken, so these can't be kept in the books as parked ones.
         for (Extent& extent : fresh) (void)try_give_up(std::move(extent));
         if (!old.mapping->accessible()) {
-            throw MappingFailed("compaction failed and the driver refused to put the pages at offset " +
+            throw MappingFailed("moving pages failed and the driver refused to put those at offset " +
                                 std::to_string(begin) + " back; they keep their content, and compact() tries again");
         }
-        return 0;
+        return status;
     }
+    const bool shared = old.shared();
     Extent gone = table_.take(begin);
     for (Extent& extent : fresh) table_.insert(std::move(extent));
-    const bool released = try_give_up(std::move(gone));
+    if (try_give_up(std::move(gone)) && !shared) freed += idle;
     note_peaks();
-    return released ? range.size() - used : 0;
+    return status;
 }
 
 // Makes an extent for each run of live pages and copies their content, through addresses of its own.
-bool VirtualMemoryPool::try_copy_out(const Extent& from, std::vector<Extent>& fresh) {
+Status VirtualMemoryPool::try_copy_out(const Extent& from, std::vector<Extent>& fresh) {
     IntervalSet runs;
     table_.live().for_each(from.range, [&](ByteRange part) { runs.add(table_.pages_of(part)); });
-    bool fine = true;
+    Status status;
     runs.for_each(from.range, [&](ByteRange run) {
-        if (!fine) return;
-        fine = false;
-        if (budget_ && !budget_->try_charge(run.size())) return;
+        if (!status.ok()) return;
+        if (budget_ && !budget_->try_charge(run.size())) {
+            status = {StatusCode::out_of_memory, DriverCall::create, 0};
+            return;
+        }
         auto physical = PhysicalExtent::try_create(driver_, run.size());
         if (!physical.ok()) {
             if (budget_) budget_->refund(run.size());
+            status = physical.status();
             return;
         }
         Extent extent;
@@ -73,32 +79,35 @@ bool VirtualMemoryPool::try_copy_out(const Extent& from, std::vector<Extent>& fr
         extent.mapping = std::make_unique<Mapping>(range_, physical.value(), run.begin);
         fresh.push_back(std::move(extent));
         auto scratch = AddressRange::try_reserve(driver_, run.size(), page_size());
+        status = scratch.status();
         if (!scratch.ok()) return;
         Mapping window(scratch.value(), physical.value(), 0);
-        if (!window.try_make_accessible().ok()) return;
-        const Status copied = driver_->copy(window.address(), base_address() + run.begin, run.size());
+        status = window.try_make_accessible();
+        if (!status.ok()) return;
+        status = driver_->copy(window.address(), base_address() + run.begin, run.size());
         // The copy must be over before the window closes, whether or not a fence can tell.
         wait_for_service_stream();
-        fine = copied.ok() && (window.try_unmap().ok() || window.try_unmap().ok());
+        const bool closed = window.try_unmap().ok() || window.try_unmap().ok();
+        if (status.ok() && !closed) status = {StatusCode::failed, DriverCall::unmap, 0};
     });
-    return fine;
+    return status;
 }
 
 // Puts the fresh extents in the place of the old one, or everything back.
-bool VirtualMemoryPool::try_swap_in(Extent& old, std::vector<Extent>& fresh) {
-    if (!old.mapping->try_unmap().ok()) return false;
-    bool fine = true;
+Status VirtualMemoryPool::try_swap_in(Extent& old, std::vector<Extent>& fresh) {
+    Status status = old.mapping->try_unmap();
+    if (!status.ok()) return status;
     for (Extent& extent : fresh) {
-        fine = fine && extent.mapping->try_make_accessible().ok();
+        if (status.ok()) status = extent.mapping->try_make_accessible();
     }
-    if (fine) return true;
+    if (status.ok()) return status;
     for (Extent& extent : fresh) {
         if (!extent.mapping->try_unmap().ok()) (void)extent.mapping->try_unmap();
     }
     if (old.mapping->try_map().ok() || old.mapping->try_map().ok()) {
         if (!old.mapping->try_set_access().ok()) (void)old.mapping->try_set_access();
     }
-    return false;
+    return status;
 }
 
 }  // namespace elastikv

@@ -7,27 +7,25 @@
 
 namespace elastikv {
 
-Bytes VirtualMemoryPool::try_allocate(ByteRange bytes, const AllocateOptions& options) {
-    settle_passed();
-    if (const auto held = table_.live().first_overlap(bytes)) throw AlreadyMapped(bytes, *held);
-    const ByteRange pages = table_.pages_of(bytes);
-
+Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const AllocateOptions& options) {
+    for (const ByteRange& part : parts) {
+        if (const auto held = table_.live().first_overlap(part)) throw AlreadyMapped(part, *held);
+    }
     std::vector<Extent> fresh;
     std::vector<Extent*> scrubbed;
     bool zeroed = false;
     try {
-        for (const ByteRange& gap : table_.gaps(pages)) {
-            const Bytes step = options.largest_extent == 0 ? gap.size() : options.largest_extent;
-            for (Bytes begin = gap.begin; begin < gap.end; begin += std::min(step, gap.end - begin)) {
-                const ByteRange piece{begin, begin + std::min(step, gap.end - begin)};
-                if (try_fill_gap(piece, options, fresh) == 0) continue;
-                undo(fresh);
-                return gap.end - piece.begin;
-            }
+        for (const ByteRange& part : parts) {
+            const Bytes lacking = try_fill_gaps(table_.pages_of(part), options, fresh);
+            if (lacking == 0) continue;
+            undo(fresh);
+            return lacking;
         }
         for (const Extent& extent : fresh) zeroed |= !extent.clean.empty() && !driver_->capabilities().fresh_is_zero;
-        order_after_earlier_users(bytes, options.stream);
-        prepare_kept_extents(bytes, options, zeroed, scrubbed);
+        for (const ByteRange& part : parts) {
+            order_after_earlier_users(part, options.stream);
+            prepare_kept_extents(part, options, zeroed, scrubbed);
+        }
         if (zeroed && driver_->capabilities().asynchronous) {
             auto fence = RecordedFence::try_record(driver_, driver_->service_stream());
             if (!fence.ok()) throw CudaError(fence.status(), "recording the end of scrubbing");
@@ -52,9 +50,22 @@ Bytes VirtualMemoryPool::try_allocate(ByteRange bytes, const AllocateOptions& op
         if (extent.zeroing) scrubbing_.emplace_back(extent.range.begin, extent.zeroing);
         table_.insert(std::move(extent));
     }
-    table_.claim(bytes);
+    for (const ByteRange& part : parts) table_.claim(part);
     note_peaks();
     if (!scrubbing_.empty()) worker_.wake();
+    return 0;
+}
+
+Bytes VirtualMemoryPool::try_fill_gaps(ByteRange pages, const AllocateOptions& options, std::vector<Extent>& fresh) {
+    for (const ByteRange& gap : table_.gaps(pages)) {
+        const Bytes step = options.largest_extent == 0 ? gap.size() : options.largest_extent;
+        for (Bytes begin = gap.begin; begin < gap.end; begin += std::min(step, gap.end - begin)) {
+            const ByteRange piece{begin, begin + std::min(step, gap.end - begin)};
+            AllocateOptions of_piece = options;
+            of_piece.open_ended = options.open_ended && piece.end == gap.end;
+            if (try_fill_gap(piece, of_piece, fresh) > 0) return gap.end - piece.begin;
+        }
+    }
     return 0;
 }
 
@@ -82,7 +93,8 @@ bool VirtualMemoryPool::try_charge(Bytes bytes, Grant* grant) noexcept {
 
 Bytes VirtualMemoryPool::open_ended_end(ByteRange gap, const AllocateOptions& options) const {
     if (!options.open_ended) return gap.end;
-    const Bytes limit = std::min(align_down(std::max(options.grow_end, gap.end), page_size()), capacity());
+    Bytes limit = std::min(align_down(std::max(options.grow_end, gap.end), page_size()), capacity());
+    if (options.largest_extent > 0) limit = std::min(limit, gap.begin + options.largest_extent);
     const double holds = static_cast<double>(options.held + gap.size());
     const Bytes ahead = align_down(static_cast<Bytes>(holds * options_.growth_share), page_size());
     if (ahead == 0 || limit <= gap.end) return gap.end;
@@ -114,7 +126,7 @@ Status VirtualMemoryPool::try_make_extent(ByteRange range, bool zero, std::vecto
     }
     if (zero || fresh_is_zero) extent.clean = range;
     fresh.push_back(std::move(extent));
-    Bytes physical_bytes = table_.totals().physical;
+    Bytes physical_bytes = table_.totals().physical();
     for (const Extent& each : fresh) physical_bytes += each.range.size();
     observed.done(range.size(), physical_bytes);
     return status;
@@ -191,7 +203,7 @@ void VirtualMemoryPool::wait_for_service_stream() noexcept {
 }
 
 void VirtualMemoryPool::note_peaks() {
-    peak_physical_ = std::max(peak_physical_, table_.totals().physical);
+    peak_physical_ = std::max(peak_physical_, table_.totals().physical());
     peak_used_ = std::max(peak_used_, table_.totals().used);
 }
 

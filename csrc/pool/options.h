@@ -38,7 +38,9 @@ struct AllocateOptions {
     bool open_ended = false;
     Bytes held = 0;
     Bytes grow_end = 0;
-    Bytes largest_extent = 0;  // what is new comes in extents up to this size, whole pages; 0: one extent a gap
+    // What is new comes in extents up to this size, whole pages; 0: one extent a gap. Memory that may be shared is
+    // given such extents, as an extent is shared whole: see VirtualMemoryPool::alias.
+    Bytes largest_extent = 0;
     // Where memory is short, wait in line for it; null: don't. It lives until the call returns.
     const WaitOptions* wait = nullptr;
     Grant* grant = nullptr;  // paid from before the budget is charged

@@ -85,7 +85,7 @@ PageTable::Tally PageTable::tally(ByteRange pages) const {
 }
 
 void PageTable::add_totals(const Extent& extent) {
-    totals_.physical += extent.range.size();
+    totals_.mapped += extent.range.size();
     totals_.used += extent.used;
     totals_.retiring += extent.retiring;
     if (extent.idle()) totals_.parked += extent.range.size();
@@ -93,7 +93,7 @@ void PageTable::add_totals(const Extent& extent) {
 }
 
 void PageTable::subtract_totals(const Extent& extent) {
-    totals_.physical -= extent.range.size();
+    totals_.mapped -= extent.range.size();
     totals_.used -= extent.used;
     totals_.retiring -= extent.retiring;
     if (extent.idle()) totals_.parked -= extent.range.size();
@@ -139,6 +139,7 @@ Extent& PageTable::insert(Extent extent) {
     extent.retiring = now.retiring;
     extent.idle_since = 0;
     Extent& kept = extents_.emplace(begin, std::move(extent)).first->second;
+    if (kept.places && ++kept.places->count > 1) totals_.aliased += kept.range.size();
     add_totals(kept);
     refresh_parking(kept);
     return kept;
@@ -151,7 +152,13 @@ Extent PageTable::take(Bytes begin) {
     subtract_totals(extent);
     if (extent.idle_since != 0) parked_.erase(extent.idle_since);
     extent.idle_since = 0;
+    if (extent.places && --extent.places->count > 0) totals_.aliased -= extent.range.size();
     return extent;
+}
+
+std::shared_ptr<Places> PageTable::places_of(Extent& extent) {
+    if (!extent.places) extent.places = std::make_shared<Places>(Places{1, false});
+    return extent.places;
 }
 
 Extent* PageTable::find(Bytes begin) {
@@ -213,6 +220,7 @@ std::string PageTable::check() const {
     PageTotals sum;
     Bytes previous_end = 0;
     std::size_t idle = 0;
+    std::map<const Places*, std::size_t> places;
     for (const auto& [begin, extent] : extents_) {
         const std::string where = "extent at " + std::to_string(begin) + ": ";
         if (begin != extent.range.begin || begin < previous_end) return where + "out of place";
@@ -224,14 +232,18 @@ std::string PageTable::check() const {
         if (extent.idle() && parked_.count(extent.idle_since) == 0) return where + "not in the parked list";
         if (!extent.clean.empty() && live_.first_overlap(extent.clean)) return where + "live bytes are marked clean";
         idle += extent.idle() ? 1 : 0;
-        sum.physical += extent.range.size();
+        sum.mapped += extent.range.size();
+        if (extent.places && ++places[extent.places.get()] > 1) sum.aliased += extent.range.size();
         sum.used += extent.used;
         sum.retiring += extent.retiring;
         if (extent.idle()) sum.parked += extent.range.size();
     }
     if (idle != parked_.size()) return "the parked list holds what is not parked";
-    if (sum.physical != totals_.physical || sum.used != totals_.used || sum.retiring != totals_.retiring ||
-        sum.parked != totals_.parked) {
+    for (const auto& [each, count] : places) {
+        if (each->count != count) return "the number of an extent's places is stale";
+    }
+    if (sum.mapped != totals_.mapped || sum.aliased != totals_.aliased || sum.used != totals_.used ||
+        sum.retiring != totals_.retiring || sum.parked != totals_.parked) {
         return "the totals are stale";
     }
     return {};

@@ -18,31 +18,44 @@ namespace elastikv {
 using IdleTime = std::uint64_t;
 inline constexpr IdleTime any_time = ~IdleTime{0};
 
+// The places of one physical extent that is mapped at several.
+struct Places {
+    std::size_t count = 0;  // in the table
+    bool lost = false;      // the driver would not unmap one of them, so the memory never goes back
+};
+
 struct Extent {
     ByteRange range;  // offsets in the pool, whole pages
     std::unique_ptr<Mapping> mapping;
     // The part that is known to read as zeros. One interval is enough: growth uses up an extent from its front.
     ByteRange clean;
-    FencePtr zeroing;       // scrubbing that may still run; null once it has passed
+    FencePtr zeroing;       // scrubbing or a copy that may still run; null once it has passed
     bool ahead = false;     // mapped before anyone asked, so the park limit does not apply
     bool foreign = false;   // may hold another owner's bytes: to be zeroed before any of it is handed out
     bool exported = false;  // other processes may have it mapped, so it must stay
+    // Of extents whose physical memory is, was or is about to be mapped elsewhere in the pool, too.
+    std::shared_ptr<Places> places;
     // Kept by PageTable:
     Bytes used = 0;
     Bytes retiring = 0;
     IdleTime idle_since = 0;  // 0 while any page is used or retiring
 
     bool idle() const { return used == 0 && retiring == 0; }
+    bool shared() const { return places && places->count > 1; }
 };
 
 inline constexpr std::uint64_t any_batch = 0;  // real ones count from 1
 
+// Bytes of addresses, so that what is mapped at two places counts twice.
 struct PageTotals {
-    Bytes physical = 0;
+    Bytes mapped = 0;
+    Bytes aliased = 0;  // the part of `mapped` whose physical memory counts at another place
     Bytes used = 0;
     Bytes retiring = 0;
     Bytes parked = 0;
     Bytes ahead = 0;  // the part of `parked` that was mapped ahead
+
+    Bytes physical() const { return mapped - aliased; }
 };
 
 // A page is used if any of its bytes is live; else retiring, if any of its bytes is; else idle.
@@ -60,9 +73,12 @@ class PageTable {
     // How far a gap that starts at `offset` goes, at most to `limit`.
     Bytes gap_end(Bytes offset, Bytes limit) const;
 
+    // One with `places` is one more of them.
     Extent& insert(Extent extent);
-    // The extent must be idle.
+    // The extent must be idle. Its `places` then count those that are left.
     Extent take(Bytes begin);
+    // The places of an extent, for another extent on the same physical memory.
+    std::shared_ptr<Places> places_of(Extent& extent);
     Extent* find(Bytes begin);
 
     // Free bytes become live; retiring ones among them are revived.

@@ -38,6 +38,7 @@ void VirtualMemoryPool::settle_passed(bool on_worker) {
     for (const RetireBatch& batch : retiring_.take_passed()) {
         for (const ByteRange& part : batch.parts) table_.settle(part, batch.id);
     }
+    give_back_idle_aliases(on_worker);
     if (!over_park_limit()) return;
     if (!driver_->capabilities().asynchronous) {
         give_back_excess();
@@ -48,6 +49,24 @@ void VirtualMemoryPool::settle_passed(bool on_worker) {
 
 // While someone waits for memory nothing is parked.
 Bytes VirtualMemoryPool::park_limit() const { return budget_ && budget_->in_demand() ? 0 : park_limit_; }
+
+// An idle place of memory that is in use elsewhere can't be handed out again, so it is not parked.
+void VirtualMemoryPool::give_back_idle_aliases(bool on_worker) {
+    if (table_.totals().aliased == 0) return;
+    std::vector<Bytes> idle;
+    for (const auto& [since, begin] : table_.parked()) {
+        if (table_.find(begin)->shared()) idle.push_back(begin);
+    }
+    if (idle.empty()) return;
+    if (driver_->capabilities().asynchronous && !on_worker) {
+        worker_.wake();
+        return;
+    }
+    for (const Bytes begin : idle) {
+        Extent& extent = *table_.find(begin);
+        if (extent.shared()) (void)try_give_back(extent);  // of several idle places the last one may be parked
+    }
+}
 
 bool VirtualMemoryPool::over_park_limit() const {
     return table_.totals().parked - table_.totals().ahead > park_limit();
@@ -64,7 +83,7 @@ Bytes VirtualMemoryPool::give_back_parked(Bytes wanted, IdleTime idle_until) {
     }
     for (const Bytes begin : oldest_first) {
         if (freed >= wanted) break;
-        freed += try_give_back(*table_.find(begin));
+        freed += try_give_back(*table_.find(begin)).value_or(0);
     }
     return freed;
 }
@@ -74,25 +93,26 @@ Bytes VirtualMemoryPool::give_back_excess() {
     for (auto it = table_.parked().begin(); it != table_.parked().end() && over_park_limit();) {
         Extent& extent = *table_.find(it->second);
         ++it;  // before the extent leaves the list
-        if (!extent.ahead) freed += try_give_back(extent);
+        if (!extent.ahead) freed += try_give_back(extent).value_or(0);
     }
     return freed;
 }
 
-// Returns the bytes freed: all of the extent, or none where the driver refused, and then it stays in the books.
-Bytes VirtualMemoryPool::try_give_back(Extent& extent) noexcept {
-    if (extent.zeroing && !extent.zeroing->has_passed()) return 0;
-    const Bytes size = extent.range.size();
+// Returns the bytes freed: all of the extent, and 0 where its memory lives on at another place; nothing where the
+// driver refused, and then it stays in the books.
+std::optional<Bytes> VirtualMemoryPool::try_give_back(Extent& extent) noexcept {
+    if (extent.zeroing && !extent.zeroing->has_passed()) return std::nullopt;
+    const Bytes size = extent.shared() ? 0 : extent.range.size();
     Observed observed(EventKind::reclaim, options_.name);
     Status status = extent.mapping->try_unmap();
-    if (status.ok()) status = extent.mapping->extent().try_release();
+    if (status.ok() && size > 0) status = extent.mapping->extent().try_release();
     if (!status.ok()) {
         ++reclaims_refused_;
-        return 0;
+        return std::nullopt;
     }
     table_.take(extent.range.begin);
-    if (budget_) budget_->refund(size);
-    observed.done(size, table_.totals().physical);
+    if (budget_ && size > 0) budget_->refund(size);
+    observed.done(size, table_.totals().physical());
     return size;
 }
 
@@ -102,7 +122,12 @@ bool VirtualMemoryPool::try_give_up(Extent extent) noexcept {
     Mapping& mapping = *extent.mapping;
     PhysicalExtent& physical = mapping.extent();
     const bool unmapped = mapping.try_unmap().ok() || mapping.try_unmap().ok();
-    const bool released = unmapped && (physical.try_release().ok() || physical.try_release().ok());
+    if (extent.places && extent.places->count > 0) {
+        extent.places->lost |= !unmapped;
+        return unmapped;
+    }
+    const bool lost = extent.places && extent.places->lost;
+    const bool released = unmapped && !lost && (physical.try_release().ok() || physical.try_release().ok());
     if (!released) {
         physical.abandon();
     } else if (budget_) {
@@ -116,11 +141,13 @@ void VirtualMemoryPool::discard(Extent extent) noexcept {
     extent.clean = {};
     extent.zeroing.reset();
     Observed observed(EventKind::reclaim, options_.name);
+    const bool alias = extent.places != nullptr;  // its memory is another extent's, too
     Status status = extent.mapping->try_unmap();
-    if (status.ok()) status = extent.mapping->extent().try_release();
+    if (status.ok() && !alias) status = extent.mapping->extent().try_release();
     if (status.ok()) {
+        if (alias) return;
         if (budget_) budget_->refund(extent.range.size());
-        observed.done(extent.range.size(), table_.totals().physical);
+        observed.done(extent.range.size(), table_.totals().physical());
         return;
     }
     ++reclaims_refused_;
@@ -142,9 +169,9 @@ Bytes VirtualMemoryPool::reclaim(Bytes wanted, bool wait, IdleTime idle_until) {
         lock.lock();
         require_open();
     }
-    const Bytes before = table_.totals().physical;
+    const Bytes before = table_.totals().physical();
     settle_passed();
-    const Bytes settled = before - table_.totals().physical;  // the host gives back as it settles
+    const Bytes settled = before - table_.totals().physical();  // the host gives back as it settles
     return settled >= wanted ? settled : settled + give_back_parked(wanted - settled, idle_until);
 }
 
@@ -208,7 +235,7 @@ bool VirtualMemoryPool::work_step() {
             victim = table_.find(begin);
             if (!victim->ahead) break;
         }
-        if (victim == nullptr || try_give_back(*victim) == 0) break;
+        if (victim == nullptr || !try_give_back(*victim)) break;
         lock.unlock();
         lock.lock();
     }

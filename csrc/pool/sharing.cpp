@@ -9,6 +9,11 @@ std::vector<ExportedExtent> VirtualMemoryPool::export_extents(Bytes offset, Byte
     const std::lock_guard lock(mutex_);
     require_open();
     if (!table_.is_used(bytes)) throw NotMapped(bytes, table_.live().first_gap(bytes));
+    table_.for_each_extent(table_.pages_of(bytes), [](const Extent& extent) {
+        if (!extent.shared()) return;
+        throw InvalidArgument("the extent at offset " + std::to_string(extent.range.begin) +
+                              " is shared with another range, so it can't be exported; make_writable() comes first");
+    });
     std::vector<ExportedExtent> exported;
     table_.for_each_extent(table_.pages_of(bytes), [&](Extent& extent) {
         auto fd = extent.mapping->extent().try_export();

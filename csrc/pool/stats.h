@@ -5,12 +5,13 @@
 
 namespace elastikv {
 
-// Bytes, unless it says otherwise. physical_usage = used + retiring + parked + stranded, at any moment.
+// Bytes, unless it says otherwise. physical_usage + aliased = used + retiring + parked + stranded, at any moment: these
+// four count addresses, so that memory which is mapped at two places counts twice.
 struct MemoryStats {
     Bytes virtual_capacity = 0;
     Bytes physical_usage = 0;        // bytes of live extents; what the budget is charged
     std::uint64_t mapped_pages = 0;  // physical_usage / page_size
-    // The share of physical bytes that no live allocation uses, 0 to 1; 0 where nothing is mapped.
+    // The share of mapped bytes that no live allocation uses, 0 to 1; 0 where nothing is mapped.
     double fragmentation_ratio = 0;
 
     Bytes page_size = 0;
@@ -19,6 +20,7 @@ struct MemoryStats {
     Bytes retiring = 0;  // pages released, while device work may still touch them
     Bytes parked = 0;    // whole extents mapped and idle: reused without a driver call, given back under pressure
     Bytes stranded = 0;  // idle pages of extents that others keep in use
+    Bytes aliased = 0;   // mapped at a further place: costs no physical memory
     std::uint64_t extents = 0;
     Bytes peak_physical = 0;
     Bytes peak_used = 0;

@@ -115,13 +115,42 @@ Bytes VirtualMemoryPool::missing(Bytes offset, Bytes size) const {
 Bytes VirtualMemoryPool::try_claim(Bytes offset, Bytes size, const AllocateOptions& options) {
     process_.require_same_process();
     const ByteRange bytes = checked_range(offset, size);
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     require_open();
-    return try_allocate(bytes, options);
+    clear_idle_aliases(lock, {&bytes, 1});
+    return try_allocate({&bytes, 1}, options);
+}
+
+Bytes VirtualMemoryPool::try_claim_all(std::span<const ByteRange> parts, const AllocateOptions& options) {
+    process_.require_same_process();
+    Bytes reached = 0;
+    for (const ByteRange& part : parts) {
+        checked_range(part.begin, part.size());
+        const ByteRange pages = table_.pages_of(part);
+        if (pages.begin < reached) {
+            throw InvalidArgument("parts to allocate must come in order and share no page, but one begins at " +
+                                  std::to_string(part.begin) + ", on the page of the one before or below it");
+        }
+        reached = pages.end;
+    }
+    std::unique_lock lock(mutex_);
+    require_open();
+    clear_idle_aliases(lock, parts);
+    return try_allocate(parts, options);
 }
 
 Bytes VirtualMemoryPool::make_room(Bytes lacking, bool wait) {
     return budget_ ? budget_->make_room(lacking, wait) : reclaim(lacking, wait);
+}
+
+Bytes VirtualMemoryPool::room() const {
+    process_.require_same_process();
+    MemoryInfo device;
+    if (!budget_) (void)driver_->memory_info(device);
+    const Bytes free = budget_ ? budget_->available() : device.free;
+    const std::lock_guard lock(mutex_);
+    require_open();
+    return free + table_.totals().parked;
 }
 
 OutOfPhysicalMemory VirtualMemoryPool::out_of_memory(Bytes lacking) const {
@@ -220,7 +249,7 @@ std::optional<Bytes> VirtualMemoryPool::blocked_until(Bytes offset, Bytes size) 
 Bytes VirtualMemoryPool::physical_memory_usage() const {
     process_.require_same_process();
     const std::lock_guard lock(mutex_);
-    return table_.totals().physical;
+    return table_.totals().physical();
 }
 
 MemoryStats VirtualMemoryPool::stats() const {
@@ -229,16 +258,17 @@ MemoryStats VirtualMemoryPool::stats() const {
     const PageTotals& totals = table_.totals();
     MemoryStats stats;
     stats.virtual_capacity = capacity();
-    stats.physical_usage = totals.physical;
+    stats.physical_usage = totals.physical();
     stats.page_size = page_size();
-    stats.mapped_pages = totals.physical / page_size();
+    stats.mapped_pages = stats.physical_usage / page_size();
     stats.live = table_.live().total();
     stats.used = totals.used;
     stats.retiring = totals.retiring;
     stats.parked = totals.parked;
-    stats.stranded = totals.physical - totals.used - totals.retiring - totals.parked;
-    if (totals.physical > 0) {
-        stats.fragmentation_ratio = 1.0 - static_cast<double>(stats.live) / static_cast<double>(totals.physical);
+    stats.stranded = totals.mapped - totals.used - totals.retiring - totals.parked;
+    stats.aliased = totals.aliased;
+    if (totals.mapped > 0) {
+        stats.fragmentation_ratio = 1.0 - static_cast<double>(stats.live) / static_cast<double>(totals.mapped);
     }
     stats.extents = table_.extent_count();
     stats.peak_physical = peak_physical_;

@@ -38,8 +38,9 @@ struct ExportedExtent {
 
 // Thread safe: one mutex guards all state. It is held during driver calls, which do not wait for device work, and never
 // while calling the budget's make_room or joining the worker. What waits for the device waits without it, but for three
-// rare ones: compact() for its own copies, an undo for scrubbing that it is about to unmap, and a release on a stream
-// that is gone. Lock order: SharedMemoryPool, Model, this, driver; two pools' locks are never held together.
+// rare ones: compact() and make_writable() for their own copies, an undo for scrubbing that it is about to unmap, and a
+// release on a stream that is gone. Lock order: SharedMemoryPool, Model, this, driver; two pools' locks are never held
+// together.
 class VirtualMemoryPool {
   public:
     // Reserves `capacity` bytes of addresses, rounded up to pages; no physical memory. `budget` may be null: then only
@@ -59,9 +60,14 @@ class VirtualMemoryPool {
     // The same without making room: returns the bytes that were lacking, 0 where it succeeded. For a caller whose own
     // locks must not be held while room is made. Throws as allocate, but for OutOfPhysicalMemory.
     Bytes try_claim(Bytes offset, Bytes size, const AllocateOptions& options = {});
+    // The same for several parts, all or none of them. No two may share a page: InvalidArgument.
+    Bytes try_claim_all(std::span<const ByteRange> parts, const AllocateOptions& options = {});
     // What allocate() does between attempts, without a lock: room for `lacking` bytes, from the budget's other pools
     // too. Returns the bytes freed.
     Bytes make_room(Bytes lacking, bool wait);
+    // What could be mapped now without taking it from others: room in the budget, or on the device where there is none,
+    // and what is parked here. A hint, as others may be faster.
+    Bytes room() const;
     // The error for a caller of try_claim that gives up.
     OutOfPhysicalMemory out_of_memory(Bytes lacking) const;
     // Frees all of it; it must be wholly allocated. `streams` are those whose work may still touch it; their handles
@@ -74,6 +80,20 @@ class VirtualMemoryPool {
                         std::shared_ptr<ReleaseGate> gate = nullptr);
     // Frees whatever is allocated within the range, which may be nothing. Returns the bytes freed.
     Bytes deallocate_within(Bytes offset, Bytes size, std::span<const Stream> streams = default_stream);
+    // Allocates [to, to + size) with the content of [from, from + size), which must be allocated and lie at the same
+    // place of a page. Extents within the first `shared` bytes are mapped at both places, at no cost of memory; the
+    // rest is copied. The content is that of work on `options.stream` so far. None of the shared bytes may be written,
+    // at either place, before make_writable(). All or nothing; `options` as for allocate, but for `zero` and
+    // `open_ended`. Throws InvalidSize, InvalidOffset, InvalidAlignment, InvalidArgument (the ranges overlap; a stream
+    // that captures, where bytes are copied), NotMapped, AlreadyMapped, OutOfPhysicalMemory, MappingFailed, CudaError,
+    // PoolClosed.
+    void alias(Bytes to, Bytes from, Bytes size, Bytes shared, const AllocateOptions& options = {});
+    // Gives the range memory of its own wherever it shares extents, beneath the same addresses; content stays. Waits
+    // for the work on `streams`, which are those that touch the range, and nothing may be enqueued on it meanwhile.
+    // Costs nothing where nothing is shared. Each extent as a whole or not at all: after a failure some may be
+    // writable. Throws InvalidSize, InvalidOffset, InvalidArgument (a stream that captures), OutOfPhysicalMemory,
+    // CudaError.
+    void make_writable(Bytes offset, Bytes size, std::span<const Stream> streams = default_stream);
     // Maps the pages of the range on the worker's thread, so that a later allocate() needs no driver call. A hint: it
     // is dropped when memory is short. Throws InvalidSize, InvalidOffset.
     void prefetch(Bytes offset, Bytes size);
@@ -111,8 +131,8 @@ class VirtualMemoryPool {
     void close();
 
     // The extents that the range lies on, whole, for another process to map; every page of it must be allocated. They
-    // stay where they are from now on: compact() does not move them. Throws InvalidSize, InvalidOffset, NotMapped, and
-    // CudaError where the device can't export.
+    // stay where they are from now on: compact() does not move them. Throws InvalidSize, InvalidOffset, NotMapped,
+    // InvalidArgument for extents that are shared, and CudaError where the device can't export.
     std::vector<ExportedExtent> export_extents(Bytes offset, Bytes size);
     // Another device may read and write the pool's memory, present and future, and what other pools of this device map
     // from now on. Throws CudaError: nothing has changed where that is not possible at all; where the driver refused it
@@ -142,7 +162,8 @@ class VirtualMemoryPool {
     // growth.cpp
     // Returns the bytes that were lacking, 0 where it succeeded; throws on any other failure. State changes only on
     // success.
-    Bytes try_allocate(ByteRange bytes, const AllocateOptions& options);
+    Bytes try_allocate(std::span<const ByteRange> parts, const AllocateOptions& options);
+    Bytes try_fill_gaps(ByteRange pages, const AllocateOptions& options, std::vector<Extent>& fresh);
     Bytes try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh);
     bool try_charge(Bytes bytes, Grant* grant) noexcept;
     Bytes missing(Bytes offset, Bytes size) const;
@@ -156,6 +177,23 @@ class VirtualMemoryPool {
     void wait_for_service_stream() noexcept;
     void note_peaks();
 
+    // aliasing.cpp
+    struct AliasPlan {
+        ByteRange target;
+        Bytes shift = 0;             // from source to target, modulo 2^64
+        std::vector<Extent*> whole;  // of the source, to be mapped at the target
+        IntervalSet copied;          // bytes of the target
+    };
+    Bytes try_alias(Bytes to, Bytes from, Bytes size, Bytes shared, AllocateOptions options);
+    void make_plan(AliasPlan& plan, ByteRange source, ByteRange shared);
+    bool try_vacate(ByteRange place);
+    Bytes carry_out(const AliasPlan& plan, const AllocateOptions& options);
+    void map_alias(Extent& source, Bytes shift, Stream stream, std::vector<Extent>& aliases);
+    void copy_parts(const AliasPlan& plan, Stream stream, std::vector<Extent>& fresh, bool& busy);
+    void clear_idle_aliases(std::unique_lock<std::mutex>& lock, std::span<const ByteRange> parts);
+    void collect_fences(const Extent& extent, std::vector<FencePtr>& fences) const;
+    Bytes try_make_writable(ByteRange pages, std::span<const Stream> streams);
+
     // reclaim.cpp
     void retire(std::vector<ByteRange> parts, std::span<const Stream> streams, std::shared_ptr<ReleaseGate> gate);
     void settle_passed(bool on_worker = false);
@@ -163,7 +201,8 @@ class VirtualMemoryPool {
     Bytes park_limit() const;
     Bytes give_back_parked(Bytes wanted, IdleTime idle_until = any_time);
     Bytes give_back_excess();
-    Bytes try_give_back(Extent& extent) noexcept;
+    std::optional<Bytes> try_give_back(Extent& extent) noexcept;
+    void give_back_idle_aliases(bool on_worker);
     bool try_give_up(Extent extent) noexcept;
     void discard(Extent extent) noexcept;
     bool work_step();
@@ -172,9 +211,9 @@ class VirtualMemoryPool {
 
     // compaction.cpp
     void restore_access();
-    Bytes try_retile(Bytes begin);
-    bool try_copy_out(const Extent& from, std::vector<Extent>& fresh);
-    bool try_swap_in(Extent& old, std::vector<Extent>& fresh);
+    Status try_retile(Bytes begin, Bytes& freed);
+    Status try_copy_out(const Extent& from, std::vector<Extent>& fresh);
+    Status try_swap_in(Extent& old, std::vector<Extent>& fresh);
 
     const MeteredDriverPtr driver_;
     const PoolOptions options_;
@@ -187,7 +226,7 @@ class VirtualMemoryPool {
     std::condition_variable prefetched_;
     PageTable table_;
     RetireQueue retiring_;
-    std::vector<std::pair<Bytes, FencePtr>> scrubbing_;  // extents, by begin, whose zeroing may still run
+    std::vector<std::pair<Bytes, FencePtr>> scrubbing_;  // extents, by begin, that the service stream may still touch
     std::deque<ByteRange> prefetches_;
     bool closed_ = false;
     Bytes park_limit_;

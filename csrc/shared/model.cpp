@@ -167,9 +167,30 @@ void Region::claim(Bytes offset, Bytes size, AllocateOptions options) {
     model_->pool().allocate(within(offset, size).begin, size, options);
 }
 
+Bytes Region::try_claim(std::vector<ByteRange> parts, AllocateOptions options) {
+    model_->require_registered();
+    options.grow_end = range_.begin + std::min(options.grow_end, range_.size());
+    for (ByteRange& part : parts) part = within(part.begin, part.size());
+    return model_->pool().try_claim_all(parts, options);
+}
+
 void Region::release(std::vector<ByteRange> parts, std::span<const Stream> streams) {
     for (ByteRange& part : parts) part = within(part.begin, part.size());
     model_->pool().deallocate_all(std::move(parts), streams);
+}
+
+void Region::alias(Bytes to, const Region& source, Bytes from, Bytes size, Bytes shared,
+                   const AllocateOptions& options) {
+    model_->require_registered();
+    if (source.model_ != model_) {
+        throw InvalidArgument("memory of model '" + model_->name() + "' can't alias that of model '" +
+                              source.model_->name() + "': a model reads no other's bytes");
+    }
+    model_->pool().alias(within(to, size).begin, source.within(from, size).begin, size, shared, options);
+}
+
+void Region::make_writable(Bytes offset, Bytes size, std::span<const Stream> streams) {
+    model_->pool().make_writable(within(offset, size).begin, size, streams);
 }
 
 void Region::prefetch(Bytes offset, Bytes size) {

@@ -84,9 +84,17 @@ class Region {
     // Offsets count from base(). Errors are VirtualMemoryPool's, and ModelNotFound where claim or prefetch come after
     // unregister.
     void claim(Bytes offset, Bytes size, AllocateOptions options);
+    // All parts or none, without making room: returns the bytes that were lacking. See
+    // VirtualMemoryPool::try_claim_all.
+    Bytes try_claim(std::vector<ByteRange> parts, AllocateOptions options);
     // All parts or none.
     void release(std::vector<ByteRange> parts, std::span<const Stream> streams);
     void prefetch(Bytes offset, Bytes size);
+    // [to, to + size) becomes resident with the content of the same many bytes of `source` from `from` on; extents
+    // within the first `shared` of them are shared. `source` is a region of the same model, or InvalidArgument. See
+    // VirtualMemoryPool::alias and make_writable.
+    void alias(Bytes to, const Region& source, Bytes from, Bytes size, Bytes shared, const AllocateOptions& options);
+    void make_writable(Bytes offset, Bytes size, std::span<const Stream> streams);
     // What is left when the region dies is released on these streams.
     void set_final_streams(std::vector<Stream> streams) { final_streams_ = std::move(streams); }
 

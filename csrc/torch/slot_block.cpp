@@ -16,7 +16,7 @@ void free_block(void* context) { delete static_cast<SlotBlock*>(context); }
 
 }  // namespace
 
-SlotLayout slot_layout(std::uint64_t rows, std::uint64_t max_tokens, Bytes token, Bytes page) {
+SlotLayout slot_layout(std::uint64_t rows, std::uint64_t max_tokens, Bytes token, Bytes page, Bytes largest_extent) {
     if (rows == 0 || max_tokens == 0 || token == 0) {
         throw InvalidArgument("slots need at least one row, one token and one byte a token, not " +
                               std::to_string(rows) + ", " + std::to_string(max_tokens) + " and " +
@@ -33,7 +33,9 @@ SlotLayout slot_layout(std::uint64_t rows, std::uint64_t max_tokens, Bytes token
     };
     const Bytes period = times(token / std::gcd(token, page), page);
     const Bytes periods = (times(token, max_tokens) - 1) / period + 1;
-    const SlotLayout layout{rows, max_tokens, token, times(period, periods)};
+    // Beyond a row it limits nothing, and would not round.
+    const SlotLayout layout{rows, max_tokens, token, times(period, periods),
+                            largest_extent < times(period, periods) ? *align_up(largest_extent, page) : 0};
     times(layout.pitch, rows);
     return layout;
 }
@@ -81,10 +83,13 @@ void SlotBlock::grow(std::span<const RowTokens> rows, bool exact) {
             const Bytes begin = claimed_[wanted.row];
             const Bytes end = pages_for(wanted.tokens);
             if (end <= begin) continue;
+            // A row that was cropped into what it shares goes on in memory of its own.
+            if (begin > 0) region_->make_writable(layout_.row_offset(wanted.row) + begin - 1, 1, users());
             AllocateOptions options;
             options.stream = stream;
             options.open_ended = !exact;
             options.held = begin;
+            options.largest_extent = layout_.largest_extent;
             options.grow_end = layout_.row_offset(wanted.row) + layout_.pitch;
             region_->claim(layout_.row_offset(wanted.row) + begin, end - begin, options);
             taken.push_back({wanted.row, {begin, end}});
@@ -115,6 +120,35 @@ void SlotBlock::shrink(std::span<const RowTokens> rows) {
     if (parts.empty()) return;
     region_->release(std::move(parts), users());
     claimed_ = std::move(left);
+}
+
+void SlotBlock::fork(std::uint64_t to, std::uint64_t from, std::uint64_t tokens) {
+    const std::lock_guard lock(mutex_);
+    const Bytes size = pages_for(tokens);
+    if (to == from) throw InvalidArgument("slot " + std::to_string(to) + " can't be a fork of itself");
+    if (claimed_[to] != 0) {
+        throw InvalidArgument("slot " + std::to_string(to) + " holds " + format_bytes(claimed_[to]) +
+                              "; a fork needs an empty one, as shrunk to 0 tokens");
+    }
+    if (claimed_[from] < size) {
+        throw InvalidArgument("a fork of slot " + std::to_string(from) + " at token " + std::to_string(tokens) +
+                              " is beyond the " + std::to_string(claimed_[from] / layout_.token) +
+                              " that it has memory for");
+    }
+    if (tokens == 0) return;
+    AllocateOptions options;
+    options.stream = current_stream(model()->pool().device());
+    options.largest_extent = layout_.largest_extent;
+    region_->alias(layout_.row_offset(to), *region_, layout_.row_offset(from), size, tokens * layout_.token, options);
+    claimed_[to] = size;
+    add_stream(options.stream);
+}
+
+void SlotBlock::make_writable(std::uint64_t row, std::uint64_t begin, std::uint64_t end) {
+    const std::lock_guard lock(mutex_);
+    const Bytes first = begin * layout_.token;
+    const Bytes last = std::min(end * layout_.token, claimed_[row]);
+    if (first < last) region_->make_writable(layout_.row_offset(row) + first, last - first, users());
 }
 
 void SlotBlock::prefetch(std::span<const RowTokens> rows) {

@@ -20,13 +20,15 @@ struct SlotLayout {
     std::uint64_t max_tokens = 0;  // of a row
     Bytes token = 0;               // bytes of one token
     Bytes pitch = 0;               // bytes from row to row: whole tokens and whole pages
+    Bytes largest_extent = 0;      // of memory, whole pages; 0: any
 
     Bytes row_offset(std::uint64_t row) const { return row * pitch; }
     Bytes size() const { return rows * pitch; }
 };
 
 // Throws InvalidArgument for zeros, OutOfVirtualMemory where 64 bits of addresses do not hold it.
-SlotLayout slot_layout(std::uint64_t rows, std::uint64_t max_tokens, Bytes token, Bytes page);
+// `largest_extent` is rounded up to pages.
+SlotLayout slot_layout(std::uint64_t rows, std::uint64_t max_tokens, Bytes token, Bytes page, Bytes largest_extent = 0);
 
 // How many tokens a row is to have memory for.
 struct RowTokens {
@@ -53,6 +55,14 @@ class SlotBlock {
     void grow(std::span<const RowTokens> rows, bool exact);
     // Gives back the pages behind so many tokens, in all of the rows or in none. Throws CudaError.
     void shrink(std::span<const RowTokens> rows);
+    // Gives row `to`, which must hold nothing, the first `tokens` of row `from`, which has memory for them. Extents
+    // that lie wholly within these tokens are shared by both rows, the rest is copied behind what the current stream
+    // does; so a row may go on behind the fork at once, and asks for make_writable before it writes below. All or
+    // nothing. Throws InvalidArgument, and the errors of VirtualMemoryPool::alias.
+    void fork(std::uint64_t to, std::uint64_t from, std::uint64_t tokens);
+    // The row's own copy of what it shares between the two tokens, beneath the same addresses, after the work of all
+    // streams that use the slots. Costs nothing where nothing is shared. Errors are VirtualMemoryPool::make_writable's.
+    void make_writable(std::uint64_t row, std::uint64_t begin, std::uint64_t end);
     // Maps pages up to so many tokens in the background; a hint.
     void prefetch(std::span<const RowTokens> rows);
     // Bytes that the row holds, whole pages.

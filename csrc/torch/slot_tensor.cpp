@@ -10,7 +10,7 @@
 namespace elastikv::torch {
 
 SlotStorage make_slot_storage(const ModelPtr& model, std::int64_t rows, std::int64_t max_tokens,
-                              std::int64_t token_elements, at::ScalarType dtype) {
+                              std::int64_t token_elements, at::ScalarType dtype, Bytes largest_extent) {
     if (rows < 1 || max_tokens < 1 || token_elements < 1) {
         throw InvalidArgument("slots need rows, max_tokens and token_elements of at least 1, not " +
                               std::to_string(rows) + ", " + std::to_string(max_tokens) + ", " +
@@ -22,7 +22,7 @@ SlotStorage make_slot_storage(const ModelPtr& model, std::int64_t rows, std::int
     }
     const SlotLayout layout =
         slot_layout(static_cast<std::uint64_t>(rows), static_cast<std::uint64_t>(max_tokens),
-                    static_cast<Bytes>(token_elements) * type.itemsize(), model->pool().page_size());
+                    static_cast<Bytes>(token_elements) * type.itemsize(), model->pool().page_size(), largest_extent);
     auto owned = std::make_unique<SlotBlock>(model, layout);
     SlotBlock* const block = owned.get();
     return {storage_of(SlotBlock::into_data_ptr(std::move(owned)), layout.size()), block, type, token_elements};
@@ -71,6 +71,18 @@ void SlotTensor::shrink(const std::vector<std::int64_t>& rows, const std::vector
 
 void SlotTensor::prefetch(const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& tokens) {
     made_.block->prefetch(checked(rows, tokens, "prefetch"));
+}
+
+void SlotTensor::fork(std::int64_t to, std::int64_t from, std::int64_t tokens) {
+    checked({to, from}, {tokens, tokens}, "fork");
+    made_.block->fork(static_cast<std::uint64_t>(to), static_cast<std::uint64_t>(from),
+                      static_cast<std::uint64_t>(tokens));
+}
+
+void SlotTensor::make_writable(std::int64_t row, std::int64_t begin, std::int64_t end) {
+    checked({row, row}, {begin, end}, "make_writable");
+    made_.block->make_writable(static_cast<std::uint64_t>(row), static_cast<std::uint64_t>(begin),
+                               static_cast<std::uint64_t>(end));
 }
 
 std::int64_t SlotTensor::resident(std::int64_t row) const {

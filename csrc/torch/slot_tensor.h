@@ -20,7 +20,7 @@ struct SlotStorage {
 };
 // Throws InvalidArgument, OutOfVirtualMemory, ModelNotFound.
 SlotStorage make_slot_storage(const ModelPtr& model, std::int64_t rows, std::int64_t max_tokens,
-                              std::int64_t token_elements, at::ScalarType dtype);
+                              std::int64_t token_elements, at::ScalarType dtype, Bytes largest_extent = 0);
 
 // Owns the storage, and hands out windows on it. Each row has memory for as many tokens as it was grown to; the rest of
 // its addresses are reserved, and touching them is a fault. Never scrubbed: what is read, its owner wrote before.
@@ -47,6 +47,9 @@ class SlotTensor {
     void grow(const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& tokens, bool exact);
     void shrink(const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& tokens);
     void prefetch(const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& tokens);
+    // Of single rows, as in SlotBlock. Throws InvalidArgument for what is outside, too.
+    void fork(std::int64_t to, std::int64_t from, std::int64_t tokens);
+    void make_writable(std::int64_t row, std::int64_t begin, std::int64_t end);
     // Tokens that the row has memory for.
     std::int64_t resident(std::int64_t row) const;
     // Tensors on the memory besides the windows.

@@ -35,6 +35,7 @@ class Mapping {
     Address address() const { return range_->base() + offset_; }
     Bytes size() const { return extent_->size(); }
     PhysicalExtent& extent() { return *extent_; }
+    const std::shared_ptr<PhysicalExtent>& shared_extent() const { return extent_; }
 
   private:
     std::shared_ptr<AddressRange> range_;

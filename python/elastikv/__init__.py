@@ -21,6 +21,7 @@ check_torch(_torch.__version__)
 from elastikv import errors  # noqa: E402
 from elastikv._build_info import VERSION as __version__  # noqa: E402
 from elastikv._core import (  # noqa: E402
+    BlockPool,
     Cancellation,
     DriverCallStats,
     GlobalMemoryStats,
@@ -54,6 +55,7 @@ from elastikv.device_pools import DevicePools  # noqa: E402
 from elastikv.errors import *  # noqa: E402, F403
 
 __all__ = [
+    "BlockPool",
     "Cancellation",
     "DevicePools",
     "DriverCallStats",

@@ -1,4 +1,4 @@
-"""The storage of an elastic tensor of several rows, which has gaps without memory between the rows."""
+"""The storage of tensors that have gaps without memory: elastic ones of several rows, slots, and block pools."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from elastikv.errors import InvalidArgument
 class GappedStorage(torch.UntypedStorage):
     """Serves the tensor and its views, and refuses whatever reads or shares a storage as a whole.
 
-    Its bytes reach from the first row to the end of the last, with reserved addresses between the rows: a read there is
+    Its bytes reach from the first row or block to the end of the last, with reserved addresses between: a read there is
     a fault. So pickling, torch.save, copy.deepcopy, share_memory_ and the like raise InvalidArgument. A dense copy,
     `tensor.clone()`, can do all of these.
     """
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise InvalidArgument(
-            "this tensor grows along a dimension behind others, so its storage has gaps without memory and can't be "
-            "copied, pickled, saved or shared as a whole; do that with a dense copy, tensor.clone()"
+            "this tensor's storage has gaps without memory, between its rows or at blocks that are free, and can't be "
+            "copied, pickled, saved or shared as a whole; do that with a dense copy of what has memory, such as "
+            "tensor.clone()"
         )
 
 

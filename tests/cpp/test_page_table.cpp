@@ -125,14 +125,14 @@ struct Both {
         Bytes live = 0;
         for (Bytes i = 0; i < length; ++i) live += naive.live[i] ? 1 : 0;
         for (Bytes i = 0; i < pages; ++i) {
-            if (naive.extent[i] >= 0) sum.physical += page;
+            if (naive.extent[i] >= 0) sum.mapped += page;
             if (naive.state(i) == NaiveTable::Page::used) sum.used += page;
             if (naive.state(i) == NaiveTable::Page::retiring) sum.retiring += page;
         }
         for (const Bytes begin : naive.parked) sum.parked += naive.extent_pages(begin / page).size() * page;
         const PageTotals& totals = table.totals();
         if (!table.check().empty()) FAIL(table.check());
-        if (totals.physical != sum.physical) FAIL("physical " << totals.physical << ", not " << sum.physical);
+        if (totals.mapped != sum.mapped) FAIL("mapped " << totals.mapped << ", not " << sum.mapped);
         if (totals.used != sum.used) FAIL("used " << totals.used << ", not " << sum.used);
         if (totals.retiring != sum.retiring) FAIL("retiring " << totals.retiring << ", not " << sum.retiring);
         if (totals.parked != sum.parked) FAIL("parked " << totals.parked << ", not " << sum.parked);

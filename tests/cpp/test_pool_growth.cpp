@@ -198,6 +198,44 @@ TEST_CASE("a request may be kept to extents of a size, which then go back one by
     at.finish();
 }
 
+TEST_CASE("open-ended growth in extents of a size maps ahead within the last of them", "[pool][growth]") {
+    PoolFixture at({.options = {.growth_share = 1.0}});
+    AllocateOptions options = open_ended(0, 64 * at.page);
+    options.largest_extent = 4 * at.page;
+    at.pool->allocate(0, 10 * at.page, options);
+    CHECK(at.pool->physical_memory_usage() == 12 * at.page);
+    CHECK(at.pool->stats().extents == 3);
+    options.held = 10 * at.page;
+    at.pool->allocate(10 * at.page, 3 * at.page, options);
+    CHECK(at.pool->physical_memory_usage() == 16 * at.page);
+    CHECK(at.pool->stats().extents == 4);
+    at.require_sound();
+    at.finish();
+}
+
+TEST_CASE("several parts are claimed as a whole or not at all", "[pool][growth]") {
+    PoolFixture at({.limit_pages = 6});
+    at.pool->allocate(20 * at.page, at.page);
+    const std::vector<ByteRange> parts = {{0, at.page}, {4 * at.page, 6 * at.page + 1}, {10 * at.page, 11 * at.page}};
+    CHECK(at.pool->try_claim_all(parts) == 0);
+    CHECK(at.pool->stats().live == 5 * at.page + 1);
+    at.pool->deallocate_all(parts, {});
+    CHECK(at.pool->physical_memory_usage() == at.page);
+
+    const std::vector<ByteRange> taken = {{0, at.page}, {20 * at.page, 21 * at.page}};
+    CHECK(throws<AlreadyMapped>([&] { (void)at.pool->try_claim_all(taken); }));
+    const std::vector<ByteRange> large = {{0, 4 * at.page}, {8 * at.page, 10 * at.page}};
+    CHECK(at.pool->try_claim_all(large) == 2 * at.page);
+    for (const std::vector<ByteRange>& wrong :
+         {std::vector<ByteRange>{{0, 1}, {2, 3}}, {{at.page, 2 * at.page}, {0, 1}}, {{0, 1}, {0, 1}}}) {
+        CHECK(throws<InvalidArgument>([&] { (void)at.pool->try_claim_all(wrong); }));
+    }
+    CHECK(throws<InvalidSize>([&] { (void)at.pool->try_claim_all(std::vector<ByteRange>{{0, 0}}); }));
+    CHECK(at.pool->physical_memory_usage() == at.page);
+    at.require_sound();
+    at.finish();
+}
+
 TEST_CASE("a claim says what is lacking, and makes no room for it", "[pool][growth]") {
     PoolFixture at({.options = {.park_limit = MiB}, .limit_pages = 8});
     at.pool->allocate(32 * at.page, 4 * at.page);
