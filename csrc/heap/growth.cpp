@@ -7,9 +7,9 @@
 namespace elastikv {
 namespace {
 
-// An extent goes back as a whole, so one block left in it holds all of it: extents are kept to a sixteenth of what is
+// An extent goes back as a whole, so one block left in it holds all of it: extents are kept to a sixty-fourth of what is
 // asked for, but no smaller than this, as the driver's cost goes by the handle.
-constexpr Bytes modest_extent = 64 * MiB;
+constexpr Bytes modest_extent = 32 * MiB;
 // Small ranges grow by this share of what they hold.
 constexpr Bytes small_growth = 16;
 // Address space of a new range, as a share of the window.
@@ -98,7 +98,7 @@ Bytes Heap::try_grow(Bin& bin, const HeapRequest& request) {
     const Bytes begin = offset_of(block->address) + (hole.at_back ? block->size - hole.pages : 0);
     AllocateOptions options;
     options.stream = bin.stream;
-    options.largest_extent = round_up(std::max(modest_extent, hole.pages / 16), pool_->page_size());
+    options.largest_extent = round_up(std::max(modest_extent, hole.pages / 64), pool_->page_size());
     if (const Bytes lacking = pool_->try_claim(begin, hole.pages, options); lacking > 0) return lacking;
 
     bin.absent.erase(block);

@@ -36,7 +36,8 @@ void CudaAllocator::install(const std::shared_ptr<SharedMemoryPool>& pool, const
                               " is in a pool already; elastikv.torch.uninstall() first");
     }
     const Bytes wanted = align_up(addresses == 0 ? plenty(*pool) : addresses, pool->page_size()).value_or(addresses);
-    const ModelPtr model = pool->register_model(name, wanted);
+    // The heap keeps what is idle; what it gives back goes to the driver.
+    const ModelPtr model = pool->register_model(name, wanted, 0);
     try {
         // Never freed: tensors hold addresses, not owners.
         auto* const made = new DeviceHeap(pool, ModelHeap::make(model, wanted));
