@@ -52,13 +52,13 @@ Bytes Heap::release_extents(Bytes wanted, const Block* spared, const Note& note)
             make_absent(block, {address, address + extent.size()});
         }
     }
-    return released < wanted ? released + release_shared_extents(wanted - released, spared, note) : released;
+    return released;
 }
 
 // An extent that goes back while work on it is pending may be taken up again meanwhile: in parts, with a hole between
 // them, or by ranges of different streams.
-Bytes Heap::release_shared_extents(Bytes wanted, const Block* spared, const Note& note) {
-    std::vector<Block*> blocks = idle_blocks(spared);
+Bytes Heap::release_shared_extents(Bytes wanted, const Note& note) {
+    std::vector<Block*> blocks = idle_blocks(nullptr);
     std::erase_if(blocks, [this](const Block* block) { return whole_pages(*block).empty(); });
     std::sort(blocks.begin(), blocks.end(), [](const Block* a, const Block* b) { return a->address < b->address; });
     std::vector<ByteRange> pages;
@@ -137,13 +137,10 @@ Bytes Heap::release_segments(Arena& arena, Bytes wanted, std::vector<Returned>& 
 // Of the common arena and of those that nobody uses any more.
 Bytes Heap::release_all_idle(Bytes wanted, std::vector<Returned>& returned, const Note& note) {
     Bytes released = release_extents(wanted, nullptr, note);
-    Bytes of_segments = 0;
     for (auto it = arenas_.begin(); it != arenas_.end();) {
         Arena& arena = *it->second;
         if (arena.use_count == 0 && released < wanted) {
-            const Bytes more = release_segments(arena, wanted - released, returned, note);
-            of_segments += more;
-            released += more;
+            released += release_segments(arena, wanted - released, returned, note);
             const bool empty = std::all_of(arena.bins.begin(), arena.bins.end(),
                                            [](const auto& bin) { return bin->segments.empty(); });
             if (empty) {
@@ -153,8 +150,8 @@ Bytes Heap::release_all_idle(Bytes wanted, std::vector<Returned>& returned, cons
         }
         ++it;
     }
-    // A segment may have held a part of an extent whose other parts are idle.
-    if (of_segments > 0 && released < wanted) released += release_extents(wanted - released, nullptr, note);
+    // Last, as a segment too may have held a part of an extent whose other parts are idle.
+    if (released < wanted) released += release_shared_extents(wanted - released, note);
     return released;
 }
 
