@@ -176,6 +176,10 @@ class Heap final : public IdleHolder {
     // reclaim.cpp
     // Idle extents of elastic ranges, but for those in the blocks beside `spared`.
     Bytes release_extents(Bytes wanted, const Block* spared, const Note& note);
+    // All idle extents, also those that several idle blocks share; for when the heap is asked, not when it grows.
+    Bytes release_shared_extents(Bytes wanted, const Note& note);
+    std::vector<Block*> idle_blocks(const Block* spared) const;
+    ByteRange whole_pages(const Block& block) const;
     Bytes release_segments(Arena& arena, Bytes wanted, std::vector<Returned>& returned, const Note& note);
     Bytes release_all_idle(Bytes wanted, std::vector<Returned>& returned, const Note& note);
     Bytes round_to_page(Bytes offset) const;

@@ -7,31 +7,37 @@
 
 namespace elastikv {
 
+// Free ones of elastic ranges that may hold a page, but for those beside `spared`.
+std::vector<Block*> Heap::idle_blocks(const Block* spared) const {
+    std::vector<Block*> idle;
+    for (const auto& bin : common_->bins) {
+        for (auto it = bin->free.rbegin(); it != bin->free.rend() && (*it)->size >= pool_->page_size(); ++it) {
+            const bool beside = spared != nullptr && (*it == spared->prev || *it == spared->next);
+            if (!beside) idle.push_back(*it);
+        }
+    }
+    return idle;
+}
+
+// By their offsets in the pool; maybe none.
+ByteRange Heap::whole_pages(const Block& block) const {
+    const Bytes begin = round_to_page(offset_of(block.address));
+    return {begin, std::max(begin, align_down(offset_of(block.address) + block.size, pool_->page_size()))};
+}
+
 // Largest free blocks first, as they cost the fewest calls a byte, and each from its end, so that memory stays at low
 // addresses.
 Bytes Heap::release_extents(Bytes wanted, const Block* spared, const Note& note) {
-    struct Idle {
-        Block* block;
-        std::vector<ByteRange> extents;  // offsets in the pool, last one first
-    };
-    const Bytes page = pool_->page_size();
-    std::vector<Block*> candidates;
-    for (const auto& bin : common_->bins) {
-        for (auto it = bin->free.rbegin(); it != bin->free.rend() && (*it)->size >= page; ++it) {
-            const bool beside = spared != nullptr && (*it == spared->prev || *it == spared->next);
-            if (!beside) candidates.push_back(*it);
-        }
-    }
+    std::vector<Block*> candidates = idle_blocks(spared);
     std::stable_sort(candidates.begin(), candidates.end(),
                      [](const Block* a, const Block* b) { return a->size > b->size; });
 
     Bytes released = 0;
     for (Block* const block : candidates) {
         if (released >= wanted) break;
-        const Bytes begin = round_to_page(offset_of(block->address));
-        const Bytes end = align_down(offset_of(block->address) + block->size, page);
-        if (begin >= end) continue;
-        std::vector<ByteRange> extents = pool_->extents_within(begin, end - begin);
+        const ByteRange pages = whole_pages(*block);
+        if (pages.empty()) continue;
+        std::vector<ByteRange> extents = pool_->extents_within(pages.begin, pages.size());
         std::reverse(extents.begin(), extents.end());
         Bytes chosen = 0;
         std::size_t count = 0;
@@ -44,6 +50,40 @@ Bytes Heap::release_extents(Bytes wanted, const Block* spared, const Note& note)
             const Address address = pool_->base_address() + extent.begin;
             notify(HeapAction::segment_unmap, address, extent.size(), *block->segment, note);
             make_absent(block, {address, address + extent.size()});
+        }
+    }
+    return released;
+}
+
+// An extent that goes back while work on it is pending may be taken up again meanwhile: in parts, with a hole between
+// them, or by ranges of different streams.
+Bytes Heap::release_shared_extents(Bytes wanted, const Note& note) {
+    std::vector<Block*> blocks = idle_blocks(nullptr);
+    std::erase_if(blocks, [this](const Block* block) { return whole_pages(*block).empty(); });
+    std::sort(blocks.begin(), blocks.end(), [](const Block* a, const Block* b) { return a->address < b->address; });
+    std::vector<ByteRange> pages;
+    for (const Block* const block : blocks) pages.push_back(whole_pages(*block));
+    const auto extents = pool_->extents_within(pages);
+
+    Bytes released = 0;
+    // From the highest address down, as each piece cuts its block to what lies below.
+    for (auto pieces = extents.rbegin(); pieces != extents.rend() && released < wanted; ++pieces) {
+        std::vector<Block*> holders;
+        std::vector<Stream> streams;
+        for (const ByteRange& piece : *pieces) {
+            const auto above = std::upper_bound(pages.begin(), pages.end(), piece.begin,
+                                                [](Bytes at, const ByteRange& each) { return at < each.begin; });
+            holders.push_back(blocks[static_cast<std::size_t>(above - pages.begin()) - 1]);
+            const Stream stream = holders.back()->segment->bin->stream;
+            if (std::find(streams.begin(), streams.end(), stream) == streams.end()) streams.push_back(stream);
+        }
+        give_to_pool(*pieces, streams);
+        for (std::size_t i = pieces->size(); i-- > 0;) {
+            const ByteRange piece = (*pieces)[i];
+            const Address address = pool_->base_address() + piece.begin;
+            released += piece.size();
+            notify(HeapAction::segment_unmap, address, piece.size(), *holders[i]->segment, note);
+            make_absent(holders[i], {address, address + piece.size()});
         }
     }
     return released;
@@ -110,6 +150,8 @@ Bytes Heap::release_all_idle(Bytes wanted, std::vector<Returned>& returned, cons
         }
         ++it;
     }
+    // Last, as a segment too may have held a part of an extent whose other parts are idle.
+    if (released < wanted) released += release_shared_extents(wanted - released, note);
     return released;
 }
 

@@ -163,17 +163,33 @@ OutOfPhysicalMemory VirtualMemoryPool::out_of_memory(Bytes lacking) const {
 }
 
 std::vector<ByteRange> VirtualMemoryPool::extents_within(Bytes offset, Bytes size) const {
-    process_.require_same_process();
-    const ByteRange bytes = checked_range(offset, size);
     std::vector<ByteRange> found;
+    for (const auto& pieces : extents_within({checked_range(offset, size)})) found.push_back(pieces.front());
+    return found;
+}
+
+std::vector<std::vector<ByteRange>> VirtualMemoryPool::extents_within(const std::vector<ByteRange>& parts) const {
+    process_.require_same_process();
+    std::vector<std::vector<ByteRange>> found;
     const std::lock_guard lock(mutex_);
     require_open();
-    table_.for_each_extent(bytes, [&](const Extent& extent) {
-        const ByteRange part = extent.range.clipped_to(bytes);
-        const bool kept = table_.live().first_overlap({extent.range.begin, part.begin}).has_value() ||
-                          table_.live().first_overlap({part.end, extent.range.end}).has_value();
-        if (!kept) found.push_back(part);
-    });
+    Bytes looked_at = 0;  // extents up to here
+    for (auto part = parts.begin(); part != parts.end(); ++part) {
+        table_.for_each_extent(*part, [&](const Extent& extent) {
+            if (extent.range.begin < looked_at) return;  // an earlier part reaches into it too
+            looked_at = extent.range.end;
+            std::vector<ByteRange> pieces;
+            Bytes at = extent.range.begin;
+            bool kept = false;
+            for (auto each = part; each != parts.end() && each->begin < extent.range.end && !kept; ++each) {
+                pieces.push_back(each->clipped_to(extent.range));
+                kept = table_.live().first_overlap({at, pieces.back().begin}).has_value();
+                at = pieces.back().end;
+            }
+            kept = kept || table_.live().first_overlap({at, extent.range.end}).has_value();
+            if (!kept) found.push_back(std::move(pieces));
+        });
+    }
     return found;
 }
 

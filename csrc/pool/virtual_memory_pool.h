@@ -104,6 +104,9 @@ class VirtualMemoryPool {
     // The parts within the range of extents that hold nothing live outside it, in order: with these freed the extents
     // go back to the device.
     std::vector<ByteRange> extents_within(Bytes offset, Bytes size) const;
+    // The same for several disjoint parts in order: extents that hold nothing live outside all of them, each as its
+    // pieces in them.
+    std::vector<std::vector<ByteRange>> extents_within(const std::vector<ByteRange>& parts) const;
 
     // Gives parked memory back at once, at least `wanted` bytes if there are as many. Returns the bytes freed.
     Bytes trim(Bytes wanted = ~Bytes{0});

@@ -83,5 +83,40 @@ TEST_CASE("heap: empty_cache gives back an extent that was taken up again in par
     at.finish();
 }
 
+TEST_CASE("heap: an extent whose idle parts lie in several blocks goes back", "[heap][pressure]") {
+    HeapFixture at({.lags = true});
+    const Address first = at.get(10 * MiB, 1);
+    const Address second = at.get(4 * MiB, 1);
+    CHECK(second == first + 10 * MiB);  // in the same range, an extent each
+    at.lagging->enqueue({1}, first, 10 * MiB, [] {});
+    at.heap->free(first);
+    CHECK(at.heap->release_idle(10 * MiB) == 10 * MiB);
+    at.heap->free(second);
+    // The first extent still retires; its end and its front are taken up again, with a hole between them.
+    const Address end = at.get(5 * MiB, 1);
+    CHECK(end == first + 9 * MiB);
+    const Address front = at.get(2 * MiB, 1);
+    CHECK(front == first);
+    CHECK(at.budget->charged() == 14 * MiB);
+    at.lagging->enqueue({1}, front, 2 * MiB, [] {});
+    at.heap->free(front);
+
+    SECTION("once all of them are idle") {
+        at.heap->free(end);
+        CHECK(at.heap->empty_cache() == 7 * MiB);
+        CHECK(at.heap->stats().reserved_bytes.of[0].current == 0);
+        CHECK(at.budget->charged() == 0);
+    }
+    SECTION("not while one of them is in use") {
+        CHECK(at.heap->empty_cache() == 0);
+        CHECK(at.heap->find(end)->allocated);
+        CHECK(at.heap->stats().reserved_bytes.of[0].current == 7 * MiB);
+        CHECK(at.budget->charged() == 14 * MiB);
+        at.heap->free(end);
+    }
+    at.require_sound();
+    at.finish();
+}
+
 }  // namespace
 }  // namespace elastikv::testing

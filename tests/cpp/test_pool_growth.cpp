@@ -192,6 +192,9 @@ TEST_CASE("a request may be kept to extents of a size, which then go back one by
     CHECK(at.pool->extents_within(0, 10 * at.page) == all);
     CHECK(at.pool->extents_within(at.page, 8 * at.page) == std::vector<ByteRange>{all[1]});
     CHECK(at.pool->extents_within(0, 4 * at.page - 1).empty());
+    const std::vector<ByteRange> halves = {{0, 2 * at.page}, {2 * at.page, 5 * at.page}, {9 * at.page, 10 * at.page}};
+    const std::vector<std::vector<ByteRange>> pieces = {{{0, 2 * at.page}, {2 * at.page, 4 * at.page}}};
+    CHECK(at.pool->extents_within(halves) == pieces);
     at.pool->deallocate(4 * at.page, 4 * at.page);
     CHECK(at.pool->physical_memory_usage() == 6 * at.page);
     at.require_sound();

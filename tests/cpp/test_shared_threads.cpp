@@ -46,6 +46,7 @@ class Worklife {
     void live(std::uint64_t steps) {
         for (std::uint64_t i = 0; i < steps; ++i) {
             try {
+                if (i == steps / 2) press();
                 step();
             } catch (const OutOfPhysicalMemory&) {
                 ++at_.refusals;
@@ -86,8 +87,17 @@ class Worklife {
         }
     }
 
+    // Takes all that there is, so that each thread feels the limit, however they are scheduled. What it took goes back
+    // step by step.
+    void press() {
+        for (;;) take();
+    }
+
     void allocate() {
-        if (held_.size() >= 4) return;
+        if (held_.size() < 4) take();
+    }
+
+    void take() {
         const std::size_t which = random_.below(model_count);
         const Bytes size = 1 + random_.below(3 * at_.page);
         const Address address = at_.shared->allocate_for_model("model " + std::to_string(which), size,
