@@ -62,6 +62,7 @@ class Worker:
             torch.cuda.memory.change_current_allocator(elastikv.torch.pluggable_allocator(self.shared))
         torch.cuda.init()
         torch.cuda.synchronize()  # the context is there, and nothing is allocated
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # all on one core, as cores differ in their clocks
 
     def load(self, trace: str) -> dict[str, int]:
         from elastikv.torch.allocation_log import read_log

@@ -80,8 +80,8 @@ class VmmDriver {
     virtual Status unmap(Address address, Bytes size) noexcept = 0;
 
     // A file descriptor for the extent, which is the caller's to close and may be sent to another process. The memory
-    // exists until all handles, mappings and descriptors of it are gone, in every process. CUDA does not export what was
-    // imported (error 801 or 1, driver 580).
+    // exists until all handles, mappings and descriptors of it are gone, in every process. CUDA does not export what
+    // was imported (error 801 or 1, driver 580).
     virtual Status export_fd(ExtentHandle handle, int& fd) noexcept = 0;
     // A handle for what another driver of the same device, in any process, has exported as `fd`, which stays the
     // caller's. `size` is the extent's: map refuses another where this call can't tell.

@@ -7,8 +7,8 @@
 namespace elastikv {
 namespace {
 
-// An extent goes back as a whole, so one block left in it holds all of it: extents are kept to a sixty-fourth of what is
-// asked for, but no smaller than this, as the driver's cost goes by the handle.
+// An extent goes back as a whole, so one block left in it holds all of it: extents are kept to a sixty-fourth of what
+// is asked for, but no smaller than this, as the driver's cost goes by the handle.
 constexpr Bytes modest_extent = 32 * MiB;
 // Small ranges grow by this share of what they hold.
 constexpr Bytes small_growth = 16;

@@ -9,14 +9,13 @@ from typing_extensions import Self
 
 from elastikv._core_allocators import *  # noqa: F403
 from elastikv._core_slots import *  # noqa: F403
-from elastikv.timeline import Timeline
-
 from elastikv._core_stats import DriverCallStats as DriverCallStats
 from elastikv._core_stats import GlobalMemoryStats as GlobalMemoryStats
 from elastikv._core_stats import LedgerClient as LedgerClient
 from elastikv._core_stats import LedgerStats as LedgerStats
 from elastikv._core_stats import MemoryStats as MemoryStats
 from elastikv._core_stats import Quota as Quota
+from elastikv.timeline import Timeline
 
 class Device(TypedDict):
     device: str

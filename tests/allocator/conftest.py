@@ -7,6 +7,7 @@ installed`. tests/python/test_allocators.py does that for all of them.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,11 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs(what): only for ways that have it: statistics, checkpoints, fraction, release")
+    config.addinivalue_line(
+        "markers", "needs(what): only for ways that have it: statistics, checkpoints, fraction, release"
+    )
 
 
 # What torch's pluggable allocators do not have, whoever writes them.
-# Inside the block of a memory pool torch does not give its cached segments up, neither when asked nor when short.
+# Inside the block of a memory pool torch does not give its cached segments up, neither when asked nor when short, nor does
+# it look whether other streams are done.
 LACKS = {"pluggable": {"statistics", "checkpoints", "fraction"}, "mem_pool": {"fraction", "release"}}
 
 
@@ -71,6 +75,7 @@ def in_the_way(
     for marker in request.node.iter_markers("needs"):
         if marker.args[0] in LACKS.get(way, ()):
             pytest.skip(f"torch's allocators of the kind {way} have no {marker.args[0]}")
+    gc.collect()  # a failed allocation's traceback holds what was allocated before it
     torch.cuda.synchronize()
     if way != "pluggable":
         torch.cuda.empty_cache()

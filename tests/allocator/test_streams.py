@@ -93,6 +93,7 @@ def test_many_threads_allocate_on_streams_of_their_own() -> None:
 
 
 @pytest.mark.needs("statistics")
+@pytest.mark.needs("release")
 def test_what_other_streams_hold_is_active_until_they_are_done() -> None:
     one, two = torch.cuda.Stream(), torch.cuda.Stream()
     with torch.cuda.stream(one):
