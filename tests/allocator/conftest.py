@@ -34,8 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # What torch's pluggable allocators do not have, whoever writes them.
-# Inside the block of a memory pool torch does not give its cached segments up, neither when asked nor when short, nor does
-# it look whether other streams are done.
+# Inside the block of a memory pool torch does not give its cached segments up, neither when asked nor when short, nor
+# does it look whether other streams are done.
 LACKS = {"pluggable": {"statistics", "checkpoints", "fraction"}, "mem_pool": {"fraction", "release"}}
 
 
