@@ -33,7 +33,7 @@ struct BlockFixture {
         faults = std::make_shared<FaultDriver>(beneath);
         shared = std::make_unique<SharedMemoryPool>(setup.limit_pages * page, faults,
                                                     PoolOptions{.park_limit = setup.park_pages * page});
-        model = shared->register_model("paged", Bytes{1} << 40);
+        model = shared->register_model("paged", 64 * GiB);
         const Bytes block = setup.block == 0 ? page / 4 : setup.block;
         pool = std::make_unique<BlockPool>(
             model, BlockLayout::fit(setup.blocks, block, model->pool().page_size(), setup.extent_pages * page));
