@@ -133,8 +133,8 @@ void AllocationLog::write_line(const LogEvent& event) {
 
 namespace {
 
-using c10::CachingDeviceAllocator::TraceEntry;
 using c10::cuda::CUDACachingAllocator::CUDAAllocator;
+using c10::cuda::CUDACachingAllocator::TraceEntry;
 
 // Where the trackers send what they hear. Never destroyed, as torch keeps them to the end.
 struct Hub {

@@ -127,7 +127,7 @@ Target checked_target(const at::Tensor& tensor, const char* doing) {
 // How many references to a storage its Python wrapper has, which is no tensor and checks its bounds: 0 or 1. The
 // wrapper holds the storage strongly, except in torch up to 2.9 while the storage is what keeps the wrapper alive.
 template <typename Slot>
-std::size_t references_of_wrapper(const Slot& slot) {
+std::size_t references_of_wrapper(Slot& slot) {
     if constexpr (requires { slot.owns_pyobj(); }) {
         const auto wrapper = slot.check_pyobj(/*ignore_hermetic_tls=*/true);
         return wrapper.has_value() && *wrapper != nullptr && !slot.owns_pyobj() ? 1 : 0;

@@ -137,7 +137,7 @@ DeviceHeap* find_heap(const void* pointer) {
 }
 
 Stream to_stream(cudaStream_t stream) { return {reinterpret_cast<std::uintptr_t>(stream)}; }
-ArenaId to_arena(c10::MempoolId_t pool) { return {pool.first, pool.second}; }
+ArenaId to_arena(MempoolId pool) { return {pool.first, pool.second}; }
 
 }  // namespace
 
@@ -222,14 +222,14 @@ void elastikv_record_stream(void* pointer, cudaStream_t stream) {
     }
 }
 
-void elastikv_begin_allocate_to_pool(int device, c10::MempoolId_t pool, std::function<bool(cudaStream_t)> filter) {
+void elastikv_begin_allocate_to_pool(int device, MempoolId pool, std::function<bool(cudaStream_t)> filter) {
     DeviceHeap& mine = heap_for(device);
     const ArenaId arena = to_arena(pool);
     mine.heap->heap().use_arena(arena);
     mine.change_routes([&](Routes& routes) { routes.push_back({arena, std::move(filter)}); });
 }
 
-void elastikv_end_allocate_to_pool(int device, c10::MempoolId_t pool) {
+void elastikv_end_allocate_to_pool(int device, MempoolId pool) {
     const ArenaId arena = to_arena(pool);
     heap_for(device).change_routes([&](Routes& routes) {
         const auto found =
@@ -238,6 +238,4 @@ void elastikv_end_allocate_to_pool(int device, c10::MempoolId_t pool) {
     });
 }
 
-void elastikv_release_pool(int device, c10::MempoolId_t pool) {
-    heap_for(device).heap->heap().release_arena(to_arena(pool));
-}
+void elastikv_release_pool(int device, MempoolId pool) { heap_for(device).heap->heap().release_arena(to_arena(pool)); }

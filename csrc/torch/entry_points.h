@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <functional>
 #include <string>
+#include <utility>
 
 #include "shared/shared_memory_pool.h"
 #include "torch/model_heap.h"
@@ -21,6 +22,9 @@ struct CUstream_st;
 using cudaStream_t = CUstream_st*;  // as the CUDA runtime has it
 
 namespace elastikv::torch {
+
+// torch's MempoolId_t, which moves between headers.
+using MempoolId = std::pair<unsigned long long, unsigned long long>;
 
 // The entry points take the memory of the pool's device from this pool, as its client `name`, for good.
 // Throws InvalidArgument where they have another heap for the device already, and register_model's errors.
@@ -49,7 +53,8 @@ void* elastikv_base_alloc(void* pointer, std::size_t* size);
 void elastikv_record_stream(void* pointer, cudaStream_t stream);
 // From begin to end, what the filter says yes to comes from memory of the pool's own, which stays in place until the
 // pool is released as often as it was begun.
-void elastikv_begin_allocate_to_pool(int device, c10::MempoolId_t pool, std::function<bool(cudaStream_t)> filter);
-void elastikv_end_allocate_to_pool(int device, c10::MempoolId_t pool);
-void elastikv_release_pool(int device, c10::MempoolId_t pool);
+void elastikv_begin_allocate_to_pool(int device, elastikv::torch::MempoolId pool,
+                                     std::function<bool(cudaStream_t)> filter);
+void elastikv_end_allocate_to_pool(int device, elastikv::torch::MempoolId pool);
+void elastikv_release_pool(int device, elastikv::torch::MempoolId pool);
 }
