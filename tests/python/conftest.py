@@ -59,3 +59,12 @@ def settled_usage(shared, *models) -> int:
     for each in models:
         each.drain()
     return shared.global_stats().physical_usage
+
+
+@pytest.fixture
+def one_thread():
+    """Threads that wait for each other cost tiny models more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

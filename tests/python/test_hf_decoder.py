@@ -20,13 +20,7 @@ from elastikv.hf.geometry import kv_geometry  # noqa: E402
 from elastikv.hf.room import SLACK  # noqa: E402
 from hf_networks import CONFIGS, agree, make_network, prompts, reference  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

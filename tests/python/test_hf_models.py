@@ -31,13 +31,7 @@ SIZES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads that wait for each other cost tiny models more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

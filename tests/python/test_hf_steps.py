@@ -23,13 +23,7 @@ from elastikv.hf.sampling import Sampler
 from elastikv.hf.step import DecodeStep, RaggedStep
 from hf_networks import agree, make_network, prompts, reference
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
