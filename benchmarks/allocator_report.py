@@ -9,6 +9,7 @@ TITLES = {
     "expandable": "torch's, expandable segments",
     "installed": "elastikv, installed",
     "pluggable": "elastikv, pluggable",
+    "cut": "installed, extents of 32 MiB at most",
 }
 OURS = ("installed", "pluggable")
 GIB = 1 << 30
@@ -23,6 +24,8 @@ def size_table(result: dict[str, Any]) -> list[list[str]]:
     """The header, and a row an allocator: microseconds of an allocation and its free, and against torch's own."""
     table = [["allocate + free, from Python", *result["sizes"]]]
     for allocator, title in TITLES.items():
+        if allocator == "cut":
+            continue  # as "installed": no memory is drawn
         cells = []
         for rows in result["sizes"].values():
             row = rows[allocator]
@@ -36,6 +39,8 @@ def trace_table(trace: dict[str, Any]) -> list[list[str]]:
     """The header, and a row an allocator."""
     table = [["", "cold", "steady", "peak reserved", "fragmentation"]]
     for allocator, title in TITLES.items():
+        if allocator not in trace["cold"]:
+            continue
         cold, steady = trace["cold"][allocator], trace["steady"][allocator]
         times = [
             f"{row['milliseconds']:.1f} ms" + ("" if allocator == "native" else f" ({row['to_native']:.2f} x)")

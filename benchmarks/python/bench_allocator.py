@@ -3,6 +3,7 @@
 
     native      torch's caching allocator             installed   elastikv.torch.install(pool)
     expandable  the same with expandable segments     pluggable   elastikv.torch.pluggable_allocator(pool)
+                                                      cut         installed, growth cut into extents of 32 MiB
 
     benchmarks/python/bench_allocator.py [--json FILE] [--traces FOLDER] [--record FOLDER]
 
@@ -33,8 +34,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TRACES = HERE.parent / "traces"
-ALLOCATORS = ("native", "expandable", "installed", "pluggable")
+ALLOCATORS = ("native", "expandable", "installed", "pluggable", "cut")
 SIZES = {"1 KiB": 1 << 10, "2 MiB": 2 << 20, "64 MiB": 64 << 20, "1 GiB": 1 << 30}
+CUT = 32 << 20
 SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 
 
@@ -52,12 +54,12 @@ class Worker:
         self.allocator = allocator
         self.shared = None
         self.traces: dict[str, Any] = {}
-        if allocator in ("installed", "pluggable"):
+        if allocator in ("installed", "pluggable", "cut"):
             # Not from torch, which would set its own allocator up.
             total = next(row["total"] for row in elastikv.devices() if row["device"] == "cuda:0")
             self.shared = elastikv.SharedMemoryPool(physical_limit=total, device="cuda:0")
-        if allocator == "installed":
-            elastikv.torch.install(self.shared)
+        if allocator in ("installed", "cut"):
+            elastikv.torch.install(self.shared, largest_extent=CUT if allocator == "cut" else None)
         if allocator == "pluggable":
             torch.cuda.memory.change_current_allocator(elastikv.torch.pluggable_allocator(self.shared))
         torch.cuda.init()

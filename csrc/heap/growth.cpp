@@ -7,9 +7,6 @@
 namespace elastikv {
 namespace {
 
-// An extent goes back as a whole, so one block left in it holds all of it: extents are kept to a sixty-fourth of what
-// is asked for, but no smaller than this, as the driver's cost goes by the handle.
-constexpr Bytes modest_extent = 32 * MiB;
 // Small ranges grow by this share of what they hold.
 constexpr Bytes small_growth = 16;
 // Address space of a new range, as a share of the window.
@@ -89,17 +86,33 @@ Bytes Heap::try_grow(Bin& bin, const HeapRequest& request) {
     // that it may keep idle memory, as it will be wanted again.
     const auto current = [](const StatTriple& stat) { return static_cast<Bytes>(stat.of[0].current); };
     highest_load_ = std::max(highest_load_, current(stats_.active_bytes) + request.size);
-    const Bytes allowed = highest_load_ + static_cast<Bytes>(options_.idle_share * static_cast<double>(highest_load_));
+    const auto idle_share_of = [&](Bytes bytes) {
+        return static_cast<Bytes>(options_.idle_share * static_cast<double>(bytes));
+    };
+    const Bytes allowed = highest_load_ + idle_share_of(highest_load_);
     const Bytes held = current(stats_.reserved_bytes) + hole.pages;
-    if (held > allowed) release_extents(held - allowed, hole.block, request.note);
+    const Bytes exact = hole.pages;
+    if (held > allowed) {
+        const Bytes released = release_extents(held - allowed, hole.block, request.note);
+        if (released > 0) pool_->reclaim(released, /*wait=*/false);  // or both are held until the worker gets to it
+    } else if (bin.large) {
+        // A little ahead of need in the same extent, as the driver's cost goes by the handle.
+        const Bytes ahead = align_down(std::min(allowed - held, idle_share_of(held)), pool_->page_size());
+        if (over_limit(hole.pages + ahead) == 0) hole.pages += std::min(ahead, hole.block->size - hole.pages);
+    }
 
     if (const Bytes over = over_limit(hole.pages); over > 0) return over;
     Block* block = hole.block;
-    const Bytes begin = offset_of(block->address) + (hole.at_back ? block->size - hole.pages : 0);
     AllocateOptions options;
     options.stream = bin.stream;
-    options.largest_extent = round_up(std::max(modest_extent, hole.pages / 64), pool_->page_size());
-    if (const Bytes lacking = pool_->try_claim(begin, hole.pages, options); lacking > 0) return lacking;
+    options.largest_extent = round_up(options_.largest_extent, pool_->page_size());
+    for (;;) {
+        const Bytes begin = offset_of(block->address) + (hole.at_back ? block->size - hole.pages : 0);
+        const Bytes lacking = pool_->try_claim(begin, hole.pages, options);
+        if (lacking == 0) break;
+        if (hole.pages == exact) return lacking;
+        hole.pages = exact;  // what is ahead of need is not worth anyone else's memory
+    }
 
     bin.absent.erase(block);
     if (hole.pages < block->size) {

@@ -32,8 +32,12 @@ struct HeapOptions {
     // Free blocks larger than this are neither split nor given to requests that are smaller than it.
     Bytes max_split_size = ~Bytes{0};
     // Growth keeps what the heap holds below the most that was ever in use at once and this share of it, by giving idle
-    // extents back before it makes new ones.
+    // extents back before it makes new ones. Large ranges grow ahead of need by this share of what the heap holds.
     double idle_share = 0.01;
+    // Growth is cut into extents of at most this size, rounded up to pages; 0: it is not cut. An extent goes
+    // back as a whole, so one block left in it holds all of it, while the driver's cost goes by the extent: small ones
+    // hold less idle memory and cost more time while the heap grows.
+    Bytes largest_extent = 0;
     // Bytes that the heap may hold; beyond them it is out of memory.
     Bytes limit = ~Bytes{0};
 };

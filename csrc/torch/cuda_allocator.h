@@ -31,7 +31,8 @@ class CudaAllocator final : public UniformAllocator {
     // Registers a model `name` of `addresses` bytes (0: plenty) with the pool, and serves the pool's device from it.
     // Throws InvalidArgument where the pool is not on a CUDA device or the device is served already, and
     // register_model's errors.
-    void install(const std::shared_ptr<SharedMemoryPool>& pool, const std::string& name, Bytes addresses);
+    void install(const std::shared_ptr<SharedMemoryPool>& pool, const std::string& name, Bytes addresses,
+                 const HeapOptions& options = {});
     // Lets this process open memory that others share from their pools, without a pool of its own: every other call
     // goes on to the allocator before. Does nothing where that is so already. Throws InvalidArgument as install does.
     void accept_handles();

@@ -23,7 +23,8 @@ CudaAllocator& CudaAllocator::instance() {
     return *one;
 }
 
-void CudaAllocator::install(const std::shared_ptr<SharedMemoryPool>& pool, const std::string& name, Bytes addresses) {
+void CudaAllocator::install(const std::shared_ptr<SharedMemoryPool>& pool, const std::string& name, Bytes addresses,
+                            const HeapOptions& options) {
     const Capabilities& capabilities = pool->device();
     if (capabilities.kind != DeviceKind::cuda) {
         throw InvalidArgument("only a pool on a CUDA device can be torch's CUDA memory, not one on " +
@@ -40,7 +41,7 @@ void CudaAllocator::install(const std::shared_ptr<SharedMemoryPool>& pool, const
     const ModelPtr model = pool->register_model(name, wanted, 0);
     try {
         // Never freed: tensors hold addresses, not owners.
-        auto* const made = new DeviceHeap(pool, ModelHeap::make(model, wanted));
+        auto* const made = new DeviceHeap(pool, ModelHeap::make(model, wanted, options));
         made->history().record(history_);
         for (const auto& tracker : trackers_) made->history().add_tracker(tracker);
         made->update_observer();

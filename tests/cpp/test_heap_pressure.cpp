@@ -38,6 +38,41 @@ TEST_CASE("heap: growth gives idle extents back rather than pass its highest loa
     at.finish();
 }
 
+TEST_CASE("heap: growth takes a little ahead of need, where nobody else wants it", "[heap][pressure]") {
+    HeapFixture at({.options = {.idle_share = 0.25}, .addresses = 16 * GiB, .limit = 128 * MiB});
+    at.get(32 * MiB);
+    CHECK(at.budget->charged() == 40 * MiB);
+    at.get(8 * MiB);
+    CHECK(at.budget->charged() == 40 * MiB);
+    CHECK(at.pool->stats().driver_calls[static_cast<std::size_t>(DriverCall::create)].count == 1);
+    at.get(80 * MiB);  // a quarter more would pass the limit
+    CHECK(at.budget->charged() == 120 * MiB);
+    at.heap->free(at.get(8 * MiB));
+    at.finish();
+}
+
+TEST_CASE("heap: after a peak that is over growth follows need again", "[heap][pressure]") {
+    HeapFixture at({.options = {.idle_share = 0.25}, .addresses = 16 * GiB});
+    at.heap->free(at.get(64 * MiB));
+    at.heap->empty_cache();
+    CHECK(at.budget->charged() == 0);
+    at.get(4 * MiB);
+    CHECK(at.budget->charged() == 5 * MiB);
+    at.finish();
+}
+
+TEST_CASE("heap: extents are as large as the option allows", "[heap][pressure]") {
+    HeapOptions options{.idle_share = 0};
+    options.largest_extent = 4 * MiB;
+    HeapFixture at({.options = options});
+    const Address first = at.get(16 * MiB);
+    CHECK(at.pool->stats().driver_calls[static_cast<std::size_t>(DriverCall::create)].count == 4);
+    at.heap->free(first);
+    at.get(2 * MiB);
+    CHECK(at.heap->release_idle(~Bytes{0}) == 12 * MiB);
+    at.finish();
+}
+
 TEST_CASE("heap: another client's need takes idle memory, never blocks in use", "[heap][pressure]") {
     HeapFixture at({.limit = 16 * MiB});
     const Address kept = at.get(4 * MiB);
@@ -56,7 +91,7 @@ TEST_CASE("heap: another client's need takes idle memory, never blocks in use", 
 }
 
 TEST_CASE("heap: its own limit holds", "[heap][pressure]") {
-    HeapOptions options;
+    HeapOptions options{.idle_share = 0};
     options.limit = 8 * MiB;
     HeapFixture at({.options = options});
     const Address block = at.get(6 * MiB);

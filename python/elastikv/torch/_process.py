@@ -11,17 +11,21 @@ from elastikv.errors import InvalidArgument
 from elastikv.torch import _ipc
 
 
-def install(pool: _core.SharedMemoryPool, name: str = "torch") -> None:
+def install(pool: _core.SharedMemoryPool, name: str = "torch", largest_extent: int | None = None) -> None:
     """Puts all that torch allocates on the pool's GPU into the pool, as its client `name`.
 
     It may come before or after CUDA is initialised: what torch's own allocator handed out before goes back there. Other
     devices keep torch's allocator. All of torch.cuda's memory functions, graphs, `torch.compile`, `record_stream` and
     torch.multiprocessing work as they do without; a process that receives tensors needs elastikv, but no pool.
 
+    largest_extent: bytes, rounded up to pages. Memory goes back to the pool an extent at a time, once none of it is in
+    use: with small extents less idle memory is held, and each costs driver calls while the memory grows. None, the
+    default, makes extents as large as what they were made for.
+
     Raises InvalidArgument for a pool on the CPU, or while another is installed for the device; ModelAlreadyExists where
     the pool has a client of that name.
     """
-    _core.install_allocator(pool, name)
+    _core.install_allocator(pool, name, largest_extent=largest_extent)
     _ipc.start_sending()
 
 

@@ -15,7 +15,7 @@ namespace elastikv::testing {
 inline constexpr ArenaId graph_arena{7, 1};
 
 struct HeapSetup {
-    HeapOptions options{};
+    HeapOptions options{.idle_share = 0};  // so that growth is exact
     Bytes addresses = 1 * GiB;
     Bytes limit = no_limit;  // of the budget
     bool lags = false;       // device work runs when the test says so
