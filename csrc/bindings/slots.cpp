@@ -5,6 +5,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/tensor_arguments.h"
+#include "torch/slot_rows.h"
 #include "torch/slot_tensor.h"
 
 namespace elastikv::bindings {
@@ -30,6 +31,14 @@ std::shared_ptr<SlotTensor> make_slots(const ModelPtr& model, std::int64_t rows,
 
 py::object window(SlotTensor& slots, std::int64_t offset, const Integers& shape) {
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(slots.window(offset, shape)));
+}
+
+py::tuple store_rows(const py::object& key_window, const py::object& value_window, const py::object& keys,
+                     const py::object& values, std::int64_t pitch, std::int64_t before) {
+    const auto [all_keys, all_values] = torch::store_rows(to_tensor(key_window), to_tensor(value_window),
+                                                          to_tensor(keys), to_tensor(values), pitch, before);
+    return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(all_keys)),
+                          py::reinterpret_steal<py::object>(THPVariable_Wrap(all_values)));
 }
 
 Bytes claimed_bytes(SlotTensor& slots) {
@@ -96,6 +105,13 @@ Raises InvalidArgument, OutOfPhysicalMemory, CudaError.)")
         .def_property_readonly("claimed_bytes", &claimed_bytes, "Bytes of all rows' memory, whole pages.")
         .def_property_readonly("views", &SlotTensor::views, "Tensors on the memory besides the windows.")
         .def_property_readonly("model", [](SlotTensor& slots) { return slots.block().model(); });
+    module.def(
+        "store_rows", &store_rows, arg("key_window"), arg("value_window"), arg("keys"), arg("values"), arg("pitch"),
+        arg("before"),
+        R"(Stores keys and values [row, head, token, dim] behind the first `before` tokens of rows 0, 1, ... of two windows
+[row * pitch + token, head, dim]; returns views [row, token, head, dim] of all of these rows' tokens.
+
+The rows must have memory for them. Raises InvalidArgument for what does not fit.)");
 }
 
 }  // namespace elastikv::bindings

@@ -29,14 +29,14 @@ void guard_gaps(c10::Storage& storage) {
     storage = THPStorage_Unpack(face.ptr());
 }
 
-namespace {
-
 at::Tensor to_tensor(const py::handle& object) {
     if (!THPVariable_Check(object.ptr())) {
         throw py::type_error(std::string("expected a torch.Tensor, not ") + Py_TYPE(object.ptr())->tp_name);
     }
     return THPVariable_Unpack(object.ptr());
 }
+
+namespace {
 
 // A tensor lives where its model does. `device` may say so, and is checked then.
 void check_device(const py::object& device, Model& model) {

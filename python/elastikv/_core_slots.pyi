@@ -42,6 +42,15 @@ class SlotTensor:
     @property
     def model(self) -> Model: ...
 
+def store_rows(
+    key_window: torch.Tensor,
+    value_window: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pitch: int,
+    before: int,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
 class BlockPool:
     def __init__(
         self,

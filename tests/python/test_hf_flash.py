@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig  # noq
 from elastikv.hf import Decoder, ElasticCache, Slots, flash, generate  # noqa: E402
 from elastikv.hf.generation import prefill  # noqa: E402
 from elastikv.hf.geometry import KVGeometry, LayerShape, kv_geometry  # noqa: E402
-from elastikv.hf.step import DecodeStep, RaggedStep  # noqa: E402
+from elastikv.hf.step import DecodeStep, EvenStep, RaggedStep  # noqa: E402
 
 SIZES = {
     "vocab_size": 128,
@@ -32,6 +32,14 @@ def flash_by_definition(
     window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None,
 ):  # fmt: skip
     """What aten::_flash_attention_forward computes, with its checks."""
+    if cum_seq_q is None:
+        assert cum_seq_k is None and seqused_k is None and query.ndim == 4 and not is_causal and query.shape[1] == 1
+        assert key.stride(-1) == value.stride(-1) == 1 and max_k == key.shape[1]
+        groups = query.shape[2] // key.shape[2]
+        q, k, v = (side.transpose(1, 2) for side in (query, key, value))
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2), None, None, None, None
     rows = len(cum_seq_q) - 1
     assert dropout_p == 0 and not return_debug_mask and alibi_slopes is None
     for starts in (cum_seq_q, cum_seq_k):
@@ -170,6 +178,60 @@ def test_whole_models_through_the_op(flash_everywhere, device, model, config):
         assert (ours == theirs).float().mean() > 0.6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (4, 4, 64), (4, 1, 128), (4, 2, 256), (6, 2, 40)])
+def test_even_rows_beside_unmapped_pages(
+    flash_everywhere, device, model, page_size, heads, kv_heads, dim, window, dtype
+):
+    """Decoding until a page is full to its edge, with nothing mapped behind."""
+    if device == "cpu" and dtype != torch.float32:
+        pytest.skip("the same on the CPU in any dtype")
+    tolerance = {torch.float32: 1e-4 if device == "cpu" else 2e-3, torch.float16: 0.02, torch.bfloat16: 0.05}[dtype]
+    shape = LayerShape(kv_heads, dim, kv_heads, dim)
+    geometry, most = KVGeometry((window,), (shape,)), 8 * page_size // (shape.elements * 2)
+    slots = Slots(geometry, model=model, rows=3, max_tokens=most, dtype=dtype)
+    edge = max(page_size // slots.token_bytes, 6)
+    length = edge - 3
+    kept = [states(kv_heads, 2, length, dim, device, dtype, side) for side in range(2)]
+    slots.reserve([0, 1], [length] * 2)
+    for side, windows in zip(kept, (slots.keys, slots.values)):
+        for row in range(2):
+            windows[0][row * slots.pitch : row * slots.pitch + length] = side[row].transpose(0, 1)
+    slots.set_lengths([0, 1], [length] * 2)
+    for number in range(3):
+        query, *new = (
+            states(count, 2, 1, dim, device, dtype, 9 * number + count) for count in (heads, kv_heads, kv_heads)
+        )
+        step = EvenStep(slots, 2)
+        output = step.attend(0, query, *new, None, window)
+        step.commit()
+        kept = [torch.cat(pair, 2) for pair in zip(kept, new)]
+        for row in range(2):
+            wanted = attention_by_hand(query[row], kept[0][row], kept[1][row], window).transpose(0, 1)
+            assert (output[row].double() - wanted).abs().max() < tolerance
+    assert slots.lengths == [edge, edge, 0] and slots.device_lengths.tolist() == slots.lengths
+    for side, windows in zip(kept, (slots.keys, slots.values)):
+        assert torch.equal(windows[0][slots.pitch : slots.pitch + edge].transpose(0, 1), side[1])
+
+
+def test_even_steps_refuse_what_is_wrong(device, model):
+    slots = Slots(
+        KVGeometry((None,), (LayerShape(2, 8, 2, 8),)), model=model, rows=2, max_tokens=8, dtype=torch.float32
+    )
+    slots.reserve([0], [3])
+    slots.set_lengths([0], [3])
+    with pytest.raises(elastikv.InvalidArgument, match=r"rows of \[3, 0\] tokens"):
+        EvenStep(slots, 2)
+    step = EvenStep(slots, 1)
+    query = states(4, 1, 1, 8, device, torch.float32, 0)
+    for shape in ((3, 1, 1, 8), (2, 1, 1, 9), (2, 1, 6 + slots.pitch, 8), (2, 9, 1, 8)):
+        wrong = states(*shape[:3], shape[3], device, torch.float32, 1)
+        with pytest.raises(elastikv.InvalidArgument, match="do not fit behind 3 tokens"):
+            step.attend(0, query, wrong, wrong, None, None)
+    assert slots.lengths == [3, 0]
+
+
 def test_the_op_takes_what_we_give():
     """torch's own shape function of the op, with our arguments."""
     assert flash.takes_lengths()
@@ -180,6 +242,9 @@ def test_the_op_takes_what_we_give():
         scaling=0.125, window=None,
     )  # fmt: skip
     assert output.shape == (3, 4, 64)
+    even = torch.empty(3, 77, 2, 64, device="meta")
+    output = flash.attend_even(query.view(3, 1, 4, 64), even, even, scaling=0.125)
+    assert output.shape == (3, 1, 4, 64)
 
 
 def test_why_not():

@@ -10,7 +10,7 @@ import elastikv
 from elastikv.errors import InvalidArgument
 from elastikv.hf.geometry import LayerShape
 from elastikv.hf.slots import Slots
-from elastikv.hf.step import DecodeStep, RaggedStep
+from elastikv.hf.step import DecodeStep, EvenStep, RaggedStep
 
 if TYPE_CHECKING:
     from elastikv.hf.geometry import KVGeometry
@@ -140,7 +140,7 @@ class Batch:
                 step.commit()
                 lost = [step.width - count for count in step.counts]
                 self.padding = [before + more for before, more in zip(self.padding or [0] * len(lost), lost)]
-            elif isinstance(step, DecodeStep):
+            elif step is not None:
                 step.commit()
             self._step = None
         self._wrote(layer, self._rows, self.length + self._step_tokens, committed=True)
@@ -150,6 +150,8 @@ class Batch:
         rows, tokens = list(range(len(keys))), keys.shape[2]
         if self.length + tokens > self.max_tokens + min(self.padding, default=0):
             raise InvalidArgument(f"{self.length} + {tokens} tokens do not fit a cache of max_tokens={self.max_tokens}")
+        if tokens == 1 and self.length > 0 and not self.ragged:
+            return EvenStep(self._slots, len(rows))
         if tokens == 1 and self.length > 0:
             self._slots.reserve(rows, [1] * len(rows))
             step = self._decode[1] if self._decode else None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from elastikv import _core
 from elastikv.errors import InvalidArgument
 from elastikv.hf import flash, views
 from elastikv.hf.slots import upload
@@ -57,6 +58,10 @@ class Step:
 
         Returns ``[row, query, head, value dim]``; padding gets zeros.
         """
+        raise NotImplementedError
+
+    def commit(self) -> None:
+        """The new tokens count from now on."""
         raise NotImplementedError
 
     def _takes_flash(self, layer: int, extras: Extras | None) -> bool:
@@ -158,7 +163,6 @@ class RaggedStep(Step):
         self._lengths: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def commit(self) -> None:
-        """The new tokens count from now on."""
         self.slots.set_lengths(self.rows, self.after)
 
     def positions(self) -> torch.Tensor:
@@ -229,6 +233,48 @@ class RaggedStep(Step):
                 own, keys[None], values[None], scaling=scaling, window=window, extras=extras
             ).squeeze(0)
         return output
+
+
+class EvenStep(Step):
+    """One new token for each of the first rows, all of which hold as many: exact views, and lengths that the host knows.
+
+    The fastest step without a graph, as it makes the fewest calls. Making it reserves the memory; `commit` makes the
+    tokens count. Raises InvalidArgument, OutOfPhysicalMemory.
+    """
+
+    def __init__(self, slots: Slots, rows: int) -> None:
+        super().__init__(slots, range(rows))
+        self.before = slots.lengths[0]
+        if slots.lengths[:rows] != [self.before] * rows:
+            raise InvalidArgument(f"rows of {slots.lengths[:rows]} tokens do not hold as many each")
+        slots.reserve(self.rows, [1] * rows)
+        self._pitch = slots.pitch
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        extras: Extras | None = None,
+    ) -> torch.Tensor:
+        slots = self.slots
+        keys, values = _core.store_rows(
+            slots.keys[layer], slots.values[layer], key, value, self._pitch, self.before
+        )  # checks what it stores
+        window = window or slots.geometry.windows[layer]  # some models leave it to their mask
+        if window is not None and window <= self.before:
+            keys, values = keys[:, -window:], values[:, -window:]
+        if not self._takes_flash(layer, extras):
+            return views.attend(
+                query, keys.transpose(1, 2), values.transpose(1, 2), scaling=scaling, window=window, extras=extras
+            )
+        return flash.attend_even(query.transpose(1, 2), keys, values, scaling=scaling)
+
+    def commit(self) -> None:
+        self.slots.set_lengths(self.rows, [self.before + 1] * len(self.rows))
 
 
 class DecodeStep(Step):
