@@ -236,7 +236,7 @@ class RaggedStep(Step):
 
 
 class EvenStep(Step):
-    """One new token for each of the first rows, all of which hold as many: exact views, and lengths that the host knows.
+    """One new token for each of the first rows, all of which hold as many, over exact views.
 
     The fastest step without a graph, as it makes the fewest calls. Making it reserves the memory; `commit` makes the
     tokens count. Raises InvalidArgument, OutOfPhysicalMemory.
