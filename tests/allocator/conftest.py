@@ -29,14 +29,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "needs(what): only for ways that have it: statistics, checkpoints, fraction, release"
+        "markers", "needs(what): only for ways that have it: statistics, checkpoints, fraction, release, pools"
     )
 
 
 # What torch's pluggable allocators do not have, whoever writes them.
 # Inside the block of a memory pool torch does not give its cached segments up, neither when asked nor when short, nor
 # does it look whether other streams are done.
-LACKS = {"pluggable": {"statistics", "checkpoints", "fraction"}, "mem_pool": {"fraction", "release"}}
+LACKS = {
+    "pluggable": {"statistics", "checkpoints", "fraction", "pools"},
+    "mem_pool": {"fraction", "release", "pools"},  # torch has no pools within pools but by name
+}
 
 
 @pytest.fixture(scope="session")
