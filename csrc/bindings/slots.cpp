@@ -11,6 +11,7 @@ namespace elastikv::bindings {
 namespace {
 
 using torch::SlotTensor;
+using torch::StagedSlots;
 using Integers = std::vector<std::int64_t>;
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
@@ -96,6 +97,14 @@ Raises InvalidArgument, OutOfPhysicalMemory, CudaError.)")
         .def_property_readonly("claimed_bytes", &claimed_bytes, "Bytes of all rows' memory, whole pages.")
         .def_property_readonly("views", &SlotTensor::views, "Tensors on the memory besides the windows.")
         .def_property_readonly("model", [](SlotTensor& slots) { return slots.block().model(); });
+    py::class_<StagedSlots>(module, "StagedSlots", R"(The growth of some rows in two halves.
+
+From construction on the memory is there, exactly; commit() keeps it, drop(), or the end of the object, gives it back. All
+or nothing. Raises what SlotTensor.grow does.)")
+        .def(py::init<std::shared_ptr<SlotTensor>, const Integers&, const Integers&>(), arg("slots"), arg("rows"),
+             arg("tokens"), NoGil())
+        .def("commit", &StagedSlots::commit)
+        .def("drop", &StagedSlots::drop, NoGil());
 }
 
 }  // namespace elastikv::bindings
