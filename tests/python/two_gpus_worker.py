@@ -29,11 +29,11 @@ from elastikv.hf.slots import Slots
 GROWTHS = 1000
 SIZES = {"num_hidden_layers": 3, "initializer_range": 0.2, "pad_token_id": 0, "eos_token_id": 2,
          "max_position_embeddings": 4096}  # fmt: skip
-# Tokens so large that a page holds some ten of them on the host, and some 170 on a GPU.
+# Tokens so large that a page holds some ten of them on the host, and some 340 on a GPU.
 HOST = {**SIZES, "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
 GPU = {**SIZES, "vocab_size": 512, "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 16,
-       "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
+       "num_key_value_heads": 8, "head_dim": 128, "initializer_range": 0.05}  # fmt: skip
 
 
 class InjectedError(Exception):
@@ -209,10 +209,10 @@ def random_growths(rank: Rank) -> None:
     assert seen["short"] > 50 and seen["refused"] > 50 and answered > 20, (seen, answered)
     rank.cache.reset()
     rank.agree()
-    rank.model.drain()
-    rank.pool.trim()
     if rank.device.type == "cuda":
         torch.cuda.synchronize()
+    rank.model.drain()
+    rank.pool.trim()
     rank.same_everywhere(torch.tensor([rank.model.stats().physical_usage]))
     assert rank.model.stats().physical_usage == 0
 
