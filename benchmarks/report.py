@@ -190,12 +190,14 @@ def decode_section(result: dict[str, Any]) -> str:
 
 def two_gpus_section(result: dict[str, Any]) -> str:
     where = f"two {result['gpu']} of one host, driver {result['driver']}, torch {result['torch']}"
-    return f"On {where} ({result['date']}, commit {result['commit']}):\n\n{two_gpus_report.markdown(result)}"
+    head = f"A split Llama, and peers' memory, on {where} ({result['date']}, commit {result['commit']}):"
+    return f"{head}\n\n{two_gpus_report.markdown(result)}"
 
 
 def sharing_section(result: dict[str, Any]) -> str:
     where = f"{result['gpu']}, driver {result['driver']}"
-    return f"On {where} ({result['date']}, commit {result['commit']}):\n\n{sharing_report.markdown(result)}"
+    head = f"Memory that model A leaves idle, asked for by model B, on {where} ({result['date']}, commit {result['commit']}):"
+    return f"{head}\n\n{sharing_report.markdown(result)}"
 
 
 def readme() -> None:
