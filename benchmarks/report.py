@@ -20,10 +20,9 @@ import subprocess
 import sys
 from typing import Any
 
-import sharing_report
-
 import allocator_report
 import decode_report
+import sharing_report
 import two_gpus_report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -196,7 +195,7 @@ def two_gpus_section(result: dict[str, Any]) -> str:
 
 def sharing_section(result: dict[str, Any]) -> str:
     where = f"{result['gpu']}, driver {result['driver']}"
-    head = f"Memory that model A leaves idle, asked for by model B, on {where} ({result['date']}, commit {result['commit']}):"
+    head = f"Memory that model A leaves idle, asked for by B, on {where} ({result['date']}, commit {result['commit']}):"
     return f"{head}\n\n{sharing_report.markdown(result)}"
 
 

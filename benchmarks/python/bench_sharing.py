@@ -4,9 +4,9 @@
     benchmarks/python/bench_sharing.py [--json FILE]                 # on a GPU, 8 GiB
     benchmarks/python/bench_sharing.py --device cpu --size 268435456
 
-Times are from B's asking to its having the memory, and to its being zeroed and usable on the device; medians. A's memory
-lies in extents as it would come: of open-ended growth, of the heap's and block pools' 32 MiB, as one, and with a
-handle a page, which nothing in elastikv makes by itself and which shows what a handle costs. `other process`: A is one.
+Times are from B's asking to having the memory, and to its being zeroed and usable on the device; medians. A's memory
+lies in extents as it would come: of open-ended growth, of the heap's and block pools' 32 MiB, as one, and with a handle
+a page, which nothing in elastikv makes by itself and which shows what a handle costs. `other process`: A is in one.
 """
 
 from __future__ import annotations
