@@ -194,13 +194,13 @@ def decode(device: str, tiny: bool) -> dict[str, Any]:
         common = [sys.executable, __file__, "--device", device, "--folder", folder, *(["--tiny"] if tiny else [])]
         runs = [subprocess.Popen([*common, "--rank", str(rank)]) for rank in range(2)]
         try:
-            codes = [run.wait(timeout=300) for run in runs]
+            codes = [run.wait(timeout=180) for run in runs]
         finally:
             for run in runs:
                 run.kill()
                 run.wait()
         if codes != [0, 0]:
-            raise SystemExit(f"the ranks ended with {codes}")
+            raise RuntimeError(f"the ranks ended with {codes}")
         found: dict[str, Any] = json.loads((Path(folder) / "decode.json").read_text())
         return found
 
@@ -281,7 +281,10 @@ def main() -> int:
         result["peers"] = peers()
         gc.collect()
         torch.cuda.empty_cache()
-    result["decode"] = decode(asked.device, asked.tiny)
+    try:
+        result["decode"] = decode(asked.device, asked.tiny)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:  # what the peers showed is kept
+        print(f"decoding failed: {error}")
     if asked.json:
         Path(asked.json).write_text(json.dumps(result, indent=2) + "\n")
     two_gpus_report.print_tables(result)
@@ -289,7 +292,7 @@ def main() -> int:
     for what, value, bar, holds in two_gpus_report.bars(result):
         print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.4g}")
         fine = fine and holds
-    return 0 if fine or asked.device == "cpu" else 1
+    return 0 if "decode" in result and (fine or asked.device == "cpu") else 1
 
 
 if __name__ == "__main__":

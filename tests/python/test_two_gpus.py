@@ -54,9 +54,9 @@ def test_a_split_llama_decodes_and_its_ranks_grow_in_step(kind, tmp_path):
         for rank, log in enumerate(logs)
     ]
     try:
-        codes = [process.wait(timeout=240) for process in processes]
+        codes = [process.wait(timeout=150) for process in processes]
     except subprocess.TimeoutExpired:
-        codes = ["ran past 240 s"]
+        codes = ["ran past 150 s"]
     finally:
         for process in processes:
             process.kill()

@@ -24,6 +24,7 @@ import elastikv
 from elastikv.distributed import Ranks, split
 from elastikv.hf import ElasticCache, Sampling, generate
 from elastikv.hf.decoder import Decoder
+from elastikv.hf.forward import cache_argument
 from elastikv.hf.slots import Slots
 
 GROWTHS = 1000
@@ -95,6 +96,7 @@ class Rank:
         self.ballast = self.pool.register_model("ballast", 1 << 40)
         self.ranks.hoard = self.hoard
         self.cache = self.new_cache()
+        self.copied = False  # there is another cache, too
 
     def new_cache(self) -> ElasticCache:
         return ElasticCache(self.network.config, model=self.model, max_batch=4, max_tokens=1024, ranks=self.ranks)
@@ -120,7 +122,7 @@ class Rank:
         if slots.tensor is None or slots.tensor.settled:
             held = 0 if slots.tensor is None else slots.tensor.claimed_bytes
             self.same_everywhere(torch.tensor([held, stats.used, stats.live]))
-            assert held == stats.used == stats.live
+            assert stats.used == stats.live and (held == stats.used or self.copied)
 
     def until_it_works(self, act: Callable[[], Any]) -> Any:
         """What ranks do about a growth that failed on one of them: nothing has changed, so it is tried again."""
@@ -198,10 +200,9 @@ def random_growths(rank: Rank) -> None:
         answered += 1
         if not drawn:
             rank.as_good(answers, mask, stops)
-        for _ in range(4):
+        for _ in range(8):
             rows = dice.sample(range(slots.rows), dice.randint(1, slots.rows))
             slots.reserve(rows, [dice.randint(0, min(400, slots.max_tokens - slots.lengths[row])) for row in rows])
-            rank.agree()
             slots.crop(range(slots.rows), list(slots.lengths))
             rank.agree()
     rank.ranks.faults = False
@@ -240,6 +241,29 @@ def few_collectives(rank: Rank) -> None:
     decoder = rank.cache.decoder(rank.network)
     if rank.device.type == "cuda":
         assert decoder.captures >= 1 and decoder._graphed
+
+
+def through_transformers(rank: Rank) -> None:
+    """The split model's own generate on such a cache, and copies of the cache, whose memory is the ranks' too."""
+    tokens, mask = rank.prompts(random.Random(21), 20)
+    rank.cache.reset()
+    options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
+    cache = {cache_argument(type(rank.network)): rank.cache}
+    answers = rank.network.generate(tokens, attention_mask=mask, **cache, **options)
+    rank.as_good(answers, mask, [])
+    rank.same_everywhere(answers)
+    rank.agree()
+    used = rank.model.stats().used
+    rank.copied = True
+    other = copy.deepcopy(rank.cache)
+    assert other.slots.ranks is rank.ranks and rank.model.stats().used > used
+    rank.same_everywhere(torch.tensor([rank.model.stats().used]))
+    keys = [each.slots.view(0, 0, 0, 3)[0] for each in (rank.cache, other)]
+    assert torch.equal(*keys)
+    del keys
+    other.close()
+    rank.copied = False
+    rank.agree()
 
 
 def views_on_one_rank(rank: Rank) -> None:
@@ -295,7 +319,10 @@ def main() -> None:
     step, reserve = Decoder.step, Slots.reserve
     Decoder.step = lambda self: rank.until_it_works(lambda: step(self))
     Slots.reserve = lambda self, rows, tokens: rank.until_it_works(lambda: reserve(self, rows, tokens))
-    for part in (same_logits, random_growths, few_collectives, views_on_one_rank, what_can_not_be_split):
+    parts = (
+        same_logits, random_growths, few_collectives, through_transformers, views_on_one_rank, what_can_not_be_split,
+    )  # fmt: skip
+    for part in parts:
         begun = datetime.datetime.now()
         part(rank)
         print(part.__name__, datetime.datetime.now() - begun, rank.ranks.seen, flush=True)
