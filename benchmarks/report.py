@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turns runs of bench_growth, bench_allocator and bench_decode into results files, and those into the README's tables.
+"""Turns runs of the benches into results files, and those into the README's tables.
 
     benchmarks/report.py collect RAW.json    # what one of them wrote -> benchmarks/results/
     benchmarks/report.py show FILE.json      # the tables with ratios and bars, on the terminal
@@ -22,10 +22,19 @@ from typing import Any
 
 import allocator_report
 import decode_report
+import sharing_report
+import two_gpus_report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+# What the benches in Python find is shown by a module of its own each.
+REPORTS: dict[str, Any] = {
+    "allocator": allocator_report,
+    "decode": decode_report,
+    "sharing": sharing_report,
+    "two-gpus": two_gpus_report,
+}
 NAMES = {
     "floor": "driver's floor: one handle",
     "plain_mmap": "plain anonymous mmap",
@@ -62,7 +71,7 @@ def machine(context: dict[str, Any]) -> dict[str, str]:
 def collect(raw: pathlib.Path, commit: str, folder: pathlib.Path) -> pathlib.Path:
     """Writes `raw` as a results file in `folder` and returns its path."""
     data = json.loads(raw.read_text())
-    if data.get("benchmark") in ("allocator", "decode"):
+    if data.get("benchmark") in REPORTS:
         where = machine({"num_cpus": os.cpu_count()})
         return write(folder, where["gpu"], {"benchmark": data["benchmark"], "commit": commit, **where, **data})
     # Google Benchmark's: its medians.
@@ -125,14 +134,11 @@ def devices(result: dict[str, Any]) -> list[str]:
 
 def show(result: dict[str, Any]) -> bool:
     """Prints the tables and the bars; False if a bar of a GPU is missed."""
-    if result["benchmark"] == "allocator":
+    report = REPORTS.get(result["benchmark"])
+    if report is not None:
         print(f"{result['gpu']}, torch {result['torch']}, {result['date']}, commit {result['commit']}")
-        allocator_report.print_tables(result)
-        return show_bars(allocator_report.bars(result))
-    if result["benchmark"] == "decode":
-        print(f"{result['gpu']}, torch {result['torch']}, {result['date']}, commit {result['commit']}")
-        decode_report.print_tables(result)
-        return show_bars(decode_report.bars(result))
+        report.print_tables(result)
+        return show_bars(report.bars(result))
     fine = True
     for device in devices(result):
         chip = result["cpu" if device == "cpu" else "gpu"]
@@ -181,6 +187,18 @@ def decode_section(result: dict[str, Any]) -> str:
     return f"{head}\n\n{decode_report.markdown(result)}"
 
 
+def two_gpus_section(result: dict[str, Any]) -> str:
+    where = f"two {result['gpu']} of one host, driver {result['driver']}, torch {result['torch']}"
+    head = f"A split Llama, and peers' memory, on {where} ({result['date']}, commit {result['commit']}):"
+    return f"{head}\n\n{two_gpus_report.markdown(result)}"
+
+
+def sharing_section(result: dict[str, Any]) -> str:
+    where = f"{result['gpu']}, driver {result['driver']}"
+    head = f"Memory that model A leaves idle, asked for by B, on {where} ({result['date']}, commit {result['commit']}):"
+    return f"{head}\n\n{sharing_report.markdown(result)}"
+
+
 def readme() -> None:
     """Replaces the README's tables by those of the newest results."""
     path = ROOT / "README.md"
@@ -189,6 +207,8 @@ def readme() -> None:
         ("growth", growth_section),
         ("allocator", allocator_section),
         ("decode", decode_section),
+        ("sharing", sharing_section),
+        ("two-gpus", two_gpus_section),
     ):
         begin, end = f"<!-- {benchmark}: made by benchmarks/report.py readme -->", f"<!-- {benchmark}: end -->"
         result = newest(benchmark)

@@ -49,7 +49,7 @@ void in_private_memory(benchmark::State& state) {
 
 void in_shared_memory(benchmark::State& state) {
     static std::shared_ptr<PhysicalBudget> budget;
-    if (state.thread_index() == 0) budget = PhysicalBudget::join(name_here(), limit, DeviceKind::host);
+    if (state.thread_index() == 0) budget = PhysicalBudget::join(name_here(), limit, host_driver()->capabilities());
     AccountPtr account;
     for (auto _ : state) {  // the threads start together here
         if (!account) account = budget->open("bench");
@@ -69,7 +69,7 @@ void among_processes(benchmark::State& state) {
         if (child == 0) {
             prctl(PR_SET_PDEATHSIG, SIGKILL);
             if (getppid() != parent) _exit(1);
-            const auto budget = PhysicalBudget::join(name, limit, DeviceKind::host);
+            const auto budget = PhysicalBudget::join(name, limit, host_driver()->capabilities());
             const AccountPtr account = budget->open("other");
             for (;;) {
                 if (account->try_charge(page)) account->refund(page);
@@ -78,7 +78,7 @@ void among_processes(benchmark::State& state) {
         others.push_back(child);
     }
     {
-        const auto budget = PhysicalBudget::join(name, limit, DeviceKind::host);
+        const auto budget = PhysicalBudget::join(name, limit, host_driver()->capabilities());
         while (budget->ledger()->members() < static_cast<std::uint32_t>(state.range(0))) usleep(1000);
         charge_and_refund(state, *budget->open("bench"));
         for (const pid_t child : others) {

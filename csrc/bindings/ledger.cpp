@@ -80,8 +80,8 @@ Takes no part in it: charges nothing, keeps nothing alive. Only for processes of
 Raises LedgerError where there is none of that name or it can't be used, InvalidArgument for a bad name.)")
         .def(py::init<const std::string&>(), arg("name"), NoGil())
         .def_property_readonly("name", &LedgerView::name)
-        .def_property_readonly(
-            "device", [](const LedgerView& self) { return self.device_kind() == DeviceKind::host ? "cpu" : "cuda"; })
+        .def_property_readonly("device", &LedgerView::device,
+                               "'cpu' or 'cuda:N', as the process that made the ledger counts devices.")
         .def("stats", &LedgerView::stats, NoGil(), "A LedgerStats.")
         .def(
             "clients", &LedgerView::clients, arg("refresh") = true, NoGil(),

@@ -12,6 +12,7 @@ namespace elastikv::bindings {
 namespace {
 
 using torch::SlotTensor;
+using torch::StagedSlots;
 using Integers = std::vector<std::int64_t>;
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
@@ -112,6 +113,14 @@ Raises InvalidArgument, OutOfPhysicalMemory, CudaError.)")
 [row * pitch + token, head, dim]; returns views [row, token, head, dim] of all of these rows' tokens.
 
 The rows must have memory for them. Raises InvalidArgument for what does not fit.)");
+    py::class_<StagedSlots>(module, "StagedSlots", R"(The growth of some rows in two halves.
+
+From construction on the memory is there, exactly; commit() keeps it, drop(), or the end of the object, gives it back. All
+or nothing. Raises what SlotTensor.grow does.)")
+        .def(py::init<std::shared_ptr<SlotTensor>, const Integers&, const Integers&>(), arg("slots"), arg("rows"),
+             arg("tokens"), NoGil())
+        .def("commit", &StagedSlots::commit)
+        .def("drop", &StagedSlots::drop, NoGil());
 }
 
 }  // namespace elastikv::bindings

@@ -1,5 +1,6 @@
 #include <array>
 #include <bit>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -94,6 +95,10 @@ CudaDriver::CudaDriver(int index) : born_in_(fork_generation()) {
     char name[128] = {};
     require(cu.cuDeviceGetName_(name, sizeof name - 1, device_), index, "cuDeviceGetName");
     capabilities_.name = name;
+    CUuuid uuid{};
+    require(cu.cuDeviceGetUuid_(&uuid, device_), index, "cuDeviceGetUuid");
+    static_assert(sizeof uuid == sizeof capabilities_.uuid);
+    std::memcpy(capabilities_.uuid.data(), &uuid, sizeof uuid);
     capabilities_.asynchronous = true;
     capabilities_.fd_export = attribute(device_, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED);
     capabilities_.host_numa = attribute(device_, CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED);

@@ -16,6 +16,7 @@ namespace elastikv {
     X(cuDeviceGet, "cuDeviceGet")                                             \
     X(cuDeviceGetCount, "cuDeviceGetCount")                                   \
     X(cuDeviceGetName, "cuDeviceGetName")                                     \
+    X(cuDeviceGetUuid, "cuDeviceGetUuid_v2")                                  \
     X(cuDeviceGetAttribute, "cuDeviceGetAttribute")                           \
     X(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain")                   \
     X(cuDeviceCanAccessPeer, "cuDeviceCanAccessPeer")                         \

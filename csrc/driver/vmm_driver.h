@@ -10,6 +10,7 @@
 // - After the process has forked, calls in the child answer `unavailable` and leave the parent's memory alone.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <string>
 
@@ -22,13 +23,14 @@ enum class DeviceKind : std::uint8_t { host, cuda };
 
 struct Capabilities {
     DeviceKind kind = DeviceKind::host;
-    int index = 0;               // device ordinal; 0 on the host
-    std::string name;            // as the vendor spells it
-    Bytes granularity = 0;       // the smallest physical unit and alignment of a mapping
-    bool fresh_is_zero = false;  // created memory reads as zeros
-    bool asynchronous = false;   // device work outlives the call that enqueued it: fences can be pending
-    bool fd_export = false;      // physical memory can be handed to another process by file descriptor
-    bool host_numa = false;      // host memory can be mapped at device addresses
+    int index = 0;                        // device ordinal; 0 on the host
+    std::string name;                     // as the vendor spells it
+    std::array<std::uint64_t, 2> uuid{};  // of the physical device, whatever its ordinal; 0 on the host
+    Bytes granularity = 0;                // the smallest physical unit and alignment of a mapping
+    bool fresh_is_zero = false;           // created memory reads as zeros
+    bool asynchronous = false;            // device work outlives the call that enqueued it: fences can be pending
+    bool fd_export = false;               // physical memory can be handed to another process by file descriptor
+    bool host_numa = false;               // host memory can be mapped at device addresses
 };
 
 struct MemoryInfo {

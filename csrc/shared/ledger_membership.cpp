@@ -11,11 +11,11 @@
 
 namespace elastikv {
 
-LedgerMembership::LedgerMembership(const std::string& name, Bytes limit, DeviceKind kind, Serve serve)
+LedgerMembership::LedgerMembership(const std::string& name, Bytes limit, const Capabilities& device, Serve serve)
     : state_(std::make_shared<State>()) {
     state_->name = name;
     state_->serve = std::move(serve);
-    LedgerSegment::join(name, limit, kind, [&](const LedgerSegment::Table& table, bool) {
+    LedgerSegment::join(name, limit, device, [&](const LedgerSegment::Table& table, bool) {
         state_->ledger = std::make_shared<Ledger>(table);
         state_->ledger->agree_on(name, limit);
         std::promise<void> joined;

@@ -25,7 +25,7 @@ class LedgerMembership {
 
     // `serve` runs on the thread, with no lock held. Throws InvalidArgument (a bad name; another limit than the
     // ledger's, while others use it; too many processes), LedgerError.
-    LedgerMembership(const std::string& name, Bytes limit, DeviceKind kind, Serve serve);
+    LedgerMembership(const std::string& name, Bytes limit, const Capabilities& device, Serve serve);
     // Leaves, and removes the segment if it was the last. In a forked child it does nothing.
     ~LedgerMembership();
     LedgerMembership(const LedgerMembership&) = delete;

@@ -20,7 +20,7 @@ namespace elastikv {
 namespace {
 
 constexpr std::uint64_t magic = 0x3172'6764'654C'6B45;  // "EkLedgr1"
-constexpr std::uint32_t version = 1;
+constexpr std::uint32_t version = 2;
 constexpr const char* folder = "/dev/shm";  // where Linux keeps POSIX shared memory
 
 std::string prefix() { return "elastikv-" + std::to_string(geteuid()) + "-"; }
@@ -93,7 +93,17 @@ LedgerSegment::Table map(const std::string& name, const LockedFile& file) {
     return {static_cast<LedgerTable*>(address), [](LedgerTable* gone) { (void)munmap(gone, sizeof(LedgerTable)); }};
 }
 
-LedgerSegment::Table make(const std::string& name, const LockedFile& file, Bytes limit, DeviceKind kind) {
+void name_device(LedgerTable& table, const Capabilities& device) {
+    put(table.device_kind, device.kind);
+    put(table.device_index, device.index);
+    for (std::size_t i = 0; i < device.uuid.size(); ++i) put(table.device[i], device.uuid[i]);
+}
+
+bool counts(const LedgerTable& table, const Capabilities& device) {
+    return get(table.device[0]) == device.uuid[0] && get(table.device[1]) == device.uuid[1];
+}
+
+LedgerSegment::Table make(const std::string& name, const LockedFile& file, Bytes limit, const Capabilities& device) {
     // Allocated at once: without, a full /dev/shm would show as SIGBUS at some store.
     int failed = ftruncate(file.fd(), 0) == 0 && ftruncate(file.fd(), sizeof(LedgerTable)) == 0 ? 0 : errno;
     if (failed == 0) failed = posix_fallocate(file.fd(), 0, sizeof(LedgerTable));
@@ -108,7 +118,7 @@ LedgerSegment::Table make(const std::string& name, const LockedFile& file, Bytes
     put(table->version, version);
     put(table->size, sizeof(LedgerTable));
     put(table->mutex_size, sizeof(pthread_mutex_t));
-    put(table->device_kind, kind);
+    name_device(*table, device);
     put(table->magic, magic);
     return table;
 }
@@ -156,14 +166,24 @@ void remove_file(const std::string& name) noexcept { (void)shm_unlink(("/" + pre
 
 }  // namespace
 
-LedgerSegment::Table LedgerSegment::join(const std::string& name, Bytes limit, DeviceKind kind, const Locked& locked) {
+LedgerSegment::Table LedgerSegment::join(const std::string& name, Bytes limit, const Capabilities& device,
+                                         const Locked& locked) {
     check_name(name);
     const LockedFile file(name, /*make=*/true);
     const bool made = unfinished(file);
     try {
-        Table table = made ? make(name, file, limit, kind) : open_existing(name, file);
-        if (get(table->device_kind) != static_cast<std::uint32_t>(kind)) {
+        Table table = made ? make(name, file, limit, device) : open_existing(name, file);
+        if (get(table->device_kind) != static_cast<std::uint32_t>(device.kind)) {
             fail(name, "it counts memory of another kind of device" + advice(name));
+        }
+        if (!counts(*table, device)) {
+            if (Ledger(table).members() > 0) {
+                fail(name, "it counts the memory of another device, which its processes call cuda:" +
+                               std::to_string(get(table->device_index)) + "; what is " + device_name(device) +
+                               " in this process is not that one (CUDA_VISIBLE_DEVICES numbers devices by process), "
+                               "so its pool needs a ledger of another name");
+            }
+            name_device(*table, device);  // left by processes that are gone
         }
         locked(table, made);
         return table;

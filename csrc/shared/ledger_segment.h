@@ -22,7 +22,7 @@ class LedgerSegment {
     // The ledger of that name, made with `limit` where there is none. `locked` runs under the file's lock; where it
     // throws, a segment just made is removed. Throws InvalidArgument (a bad name), LedgerError (truncated, of another
     // version, device or user, or no memory for it).
-    static Table join(const std::string& name, Bytes limit, DeviceKind kind, const Locked& locked);
+    static Table join(const std::string& name, Bytes limit, const Capabilities& device, const Locked& locked);
     // The same, only where there is one.
     static Table look(const std::string& name);
     // Removes it where `unused(table)`, under the file's lock.

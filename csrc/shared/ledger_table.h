@@ -83,7 +83,9 @@ struct LedgerTable {
     std::atomic<std::uint32_t> device_kind{0};
     std::atomic<Bytes> limit{0};
     std::atomic<std::uint64_t> arrivals{0};
-    std::atomic<std::uint64_t> turn{0};  // of the last grant
+    std::atomic<std::uint64_t> turn{0};                  // of the last grant
+    std::atomic<std::uint32_t> device_index{0};          // as the process that made it counts devices
+    std::array<std::atomic<std::uint64_t>, 2> device{};  // the device's uuid
 
     alignas(64) pthread_mutex_t mutex;
     // Sums over the clients, for the lock's holder to keep and for anyone to read.

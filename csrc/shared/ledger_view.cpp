@@ -24,7 +24,12 @@ std::vector<std::string> LedgerView::names() {
     return LedgerSegment::names();
 }
 
-DeviceKind LedgerView::device_kind() const { return static_cast<DeviceKind>(get(table_->device_kind)); }
+std::string LedgerView::device() const {
+    Capabilities device;
+    device.kind = static_cast<DeviceKind>(get(table_->device_kind));
+    device.index = static_cast<int>(get(table_->device_index));
+    return device_name(device);
+}
 
 LedgerStats LedgerView::stats() const {
     const std::uint32_t processes = ledger_->members();

@@ -46,7 +46,8 @@ class LedgerView {
     static std::vector<std::string> names();
 
     const std::string& name() const { return name_; }
-    DeviceKind device_kind() const;
+    // "cpu" or "cuda:N", as the process that made it counts devices.
+    std::string device() const;
     LedgerStats stats() const;
     // With `refresh` the processes are asked for fresh statistics, and waited for, a tenth of a second at most.
     std::vector<LedgerClientStats> clients(bool refresh) const;

@@ -5,11 +5,11 @@
 
 namespace elastikv {
 
-std::shared_ptr<PhysicalBudget> PhysicalBudget::join(const std::string& name, Bytes limit, DeviceKind kind) {
+std::shared_ptr<PhysicalBudget> PhysicalBudget::join(const std::string& name, Bytes limit, const Capabilities& device) {
     const std::shared_ptr<PhysicalBudget> made(new PhysicalBudget);
     // Not a weak pointer: the membership ends, and its thread with it, before anything else of this does.
     made->membership_ = std::make_unique<LedgerMembership>(
-        name, limit, kind, [self = made.get()](const LedgerRequest& request) { self->serve(request); });
+        name, limit, device, [self = made.get()](const LedgerRequest& request) { self->serve(request); });
     made->ledger_ = made->membership_->ledger();
     return made;
 }

@@ -18,7 +18,7 @@ class PhysicalBudget : public std::enable_shared_from_this<PhysicalBudget> {
   public:
     explicit PhysicalBudget(Bytes limit) : ledger_(Ledger::in_private_memory(limit)) {}
     // The limit of a ledger that other processes draw on too. Errors are LedgerMembership's.
-    static std::shared_ptr<PhysicalBudget> join(const std::string& name, Bytes limit, DeviceKind kind);
+    static std::shared_ptr<PhysicalBudget> join(const std::string& name, Bytes limit, const Capabilities& device);
     ~PhysicalBudget();
 
     // A new client; the budget knows it while it lives. Throws InvalidArgument: the quota does not fit.

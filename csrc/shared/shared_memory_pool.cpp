@@ -12,7 +12,7 @@ SharedMemoryPool::SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolO
                               format_bytes(options_.page_size));
     }
     budget_ = name_.empty() ? std::make_shared<PhysicalBudget>(physical_limit)
-                            : PhysicalBudget::join(name_, physical_limit, driver_->capabilities().kind);
+                            : PhysicalBudget::join(name_, physical_limit, driver_->capabilities());
     options_.scrub_fresh = true;  // what the device hands out may be another model's
 }
 

@@ -75,8 +75,18 @@ Bytes SlotBlock::pages_for(std::uint64_t tokens) const { return (tokens * layout
 
 void SlotBlock::grow(std::span<const RowTokens> rows, bool exact) {
     const std::lock_guard lock(mutex_);
+    claim_rows(rows, exact);
+}
+
+std::vector<SlotBlock::Taken> SlotBlock::stage(std::span<const RowTokens> rows) {
+    const std::lock_guard lock(mutex_);
+    return claim_rows(rows, /*exact=*/true);
+}
+
+// All rows or none.
+std::vector<SlotBlock::Taken> SlotBlock::claim_rows(std::span<const RowTokens> rows, bool exact) {
     const Stream stream = current_stream(model()->pool().device());
-    std::vector<std::pair<std::uint64_t, ByteRange>> taken;  // by row; offsets in the row
+    std::vector<Taken> taken;
     taken.reserve(rows.size());
     try {
         for (const RowTokens& wanted : rows) {
@@ -96,16 +106,31 @@ void SlotBlock::grow(std::span<const RowTokens> rows, bool exact) {
             claimed_[wanted.row] = end;
         }
     } catch (...) {
-        std::vector<ByteRange> parts;
-        for (const auto& [row, part] : taken) {
-            claimed_[row] = std::min(claimed_[row], part.begin);
-            parts.push_back({layout_.row_offset(row) + part.begin, layout_.row_offset(row) + part.end});
-        }
-        // Nobody has used it, so there is no stream to wait for, and this can't fail.
-        if (!parts.empty()) region_->release(std::move(parts), {});
+        give_back(taken);
         throw;
     }
     if (!taken.empty()) add_stream(stream);
+    return taken;
+}
+
+// Nobody has used it, so there is no stream to wait for, and this can't fail while the pool is open.
+void SlotBlock::give_back(std::span<const Taken> taken) {
+    std::vector<ByteRange> parts;
+    for (const auto& [row, bytes] : taken) {
+        const Bytes end = std::min(bytes.end, claimed_[row]);
+        if (end <= bytes.begin) continue;
+        parts.push_back({layout_.row_offset(row) + bytes.begin, layout_.row_offset(row) + end});
+        claimed_[row] = bytes.begin;
+    }
+    if (!parts.empty()) region_->release(std::move(parts), {});
+}
+
+void SlotBlock::drop_staged(std::span<const Taken> taken) noexcept {
+    const std::lock_guard lock(mutex_);
+    try {
+        give_back(taken);
+    } catch (...) {  // NOLINT(bugprone-empty-catch): a closed pool has taken it back; the rest goes with the region
+    }
 }
 
 void SlotBlock::shrink(std::span<const RowTokens> rows) {

@@ -53,6 +53,14 @@ class SlotBlock {
     // in whole pages, and unless `exact`, extents may reach further by a share of what the row holds. Errors are
     // VirtualMemoryPool::allocate's.
     void grow(std::span<const RowTokens> rows, bool exact);
+    // As grow, exactly; what it took can be given back whole, by drop_staged. Until then grow and shrink may go on.
+    struct Taken {
+        std::uint64_t row = 0;
+        ByteRange bytes;  // offsets in the row
+    };
+    std::vector<Taken> stage(std::span<const RowTokens> rows);
+    // Nobody has used it. What was shrunk away meanwhile has gone already.
+    void drop_staged(std::span<const Taken> taken) noexcept;
     // Gives back the pages behind so many tokens, in all of the rows or in none. Throws CudaError.
     void shrink(std::span<const RowTokens> rows);
     // Gives row `to`, which must hold nothing, the first `tokens` of row `from`, which has memory for them. Extents
@@ -78,6 +86,8 @@ class SlotBlock {
     std::vector<Stream> users() const;
     void add_stream(Stream stream);
     Bytes pages_for(std::uint64_t tokens) const;
+    std::vector<Taken> claim_rows(std::span<const RowTokens> rows, bool exact);
+    void give_back(std::span<const Taken> taken);
 
     const std::unique_ptr<Region> region_;
     const SlotLayout layout_;

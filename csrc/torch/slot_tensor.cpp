@@ -59,6 +59,15 @@ void SlotTensor::grow(const std::vector<std::int64_t>& rows, const std::vector<s
     made_.block->grow(checked(rows, tokens, "grow"), exact);
 }
 
+StagedSlots::StagedSlots(std::shared_ptr<SlotTensor> slots, const std::vector<std::int64_t>& rows,
+                         const std::vector<std::int64_t>& tokens)
+    : slots_(std::move(slots)), taken_(slots_->block().stage(slots_->checked(rows, tokens, "grow"))) {}
+
+void StagedSlots::drop() noexcept {
+    if (!taken_.empty()) slots_->block().drop_staged(taken_);
+    taken_.clear();
+}
+
 void SlotTensor::shrink(const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& tokens) {
     const auto wanted = checked(rows, tokens, "shrink");
     const std::size_t others = views();

@@ -5,6 +5,7 @@
 #include <c10/core/Storage.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "torch/slot_block.h"
@@ -56,11 +57,32 @@ class SlotTensor {
     std::size_t views() const;
 
   private:
+    friend class StagedSlots;
     std::vector<RowTokens> checked(const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& tokens,
                                    const char* doing) const;
 
     SlotStorage made_;
     std::vector<at::Tensor> windows_;
+};
+
+// Rows' growth in two halves, as StagedGrowth is for elastic tensors: from construction on the memory is there,
+// exactly; commit() keeps it, drop(), or the end of the object, gives it back. The slots may grow and shrink meanwhile,
+// but rows that have grown beyond what is staged must not be used there before it is decided. Not thread safe.
+class StagedSlots {
+  public:
+    // Throws what SlotTensor::grow does.
+    StagedSlots(std::shared_ptr<SlotTensor> slots, const std::vector<std::int64_t>& rows,
+                const std::vector<std::int64_t>& tokens);
+    ~StagedSlots() { drop(); }
+    StagedSlots(const StagedSlots&) = delete;
+    StagedSlots& operator=(const StagedSlots&) = delete;
+
+    void commit() noexcept { taken_.clear(); }
+    void drop() noexcept;
+
+  private:
+    std::shared_ptr<SlotTensor> slots_;
+    std::vector<SlotBlock::Taken> taken_;
 };
 
 }  // namespace elastikv::torch

@@ -252,7 +252,7 @@ TEST_CASE("a ledger is seen and steered from outside", "[ledger][processes][view
     });
     other.turn();
     const LedgerView view(name);
-    CHECK(view.device_kind() == DeviceKind::host);
+    CHECK(view.device() == "cpu");
     CHECK(view.stats().physical_limit == 16 * page);
     std::vector<LedgerClientStats> clients = view.clients(true);
     REQUIRE(clients.size() == 1);

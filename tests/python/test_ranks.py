@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import elastikv
+from conftest import settled_usage
 from elastikv import _core
 from elastikv.distributed import Ranks
 
@@ -90,3 +91,33 @@ def test_staged_growth_in_a_pool_that_closes(device, page_size):
     with pytest.raises(elastikv.ModelNotFound):
         _core.StagedGrowth([(one, 4)])
     assert one.shape[0] == 0
+
+
+def test_rows_are_staged_and_kept_or_given_back(shared, model, page_size):
+    slots = elastikv.SlotTensor(model, 3, 8, page_size // 4, torch.float32)  # a token a page
+    slots.grow([0], [2], exact=True)
+    staged = _core.StagedSlots(slots, [0, 2], [5, 3])
+    assert [slots.resident(row) for row in range(3)] == [5, 0, 3]
+    assert model.stats().used == 8 * page_size
+    staged.drop()
+    staged.drop()
+    assert [slots.resident(row) for row in range(3)] == [2, 0, 0]
+    assert model.stats().used == 2 * page_size
+    staged = _core.StagedSlots(slots, [0, 2], [4, 3])
+    staged.commit()
+    del staged
+    assert [slots.resident(row) for row in range(3)] == [4, 0, 3]
+    hog = shared.allocate_for_model("model", 55 * page_size)
+    with pytest.raises(elastikv.OutOfPhysicalMemory):
+        _core.StagedSlots(slots, [0, 1], [5, 8])  # two pages are left
+    with pytest.raises(elastikv.InvalidArgument, match="9 tokens"):
+        _core.StagedSlots(slots, [0], [9])
+    assert [slots.resident(row) for row in range(3)] == [4, 0, 3]
+    shared.deallocate_for_model("model", hog - model.base_address, 55 * page_size)
+    # What was shrunk meanwhile goes once.
+    staged = _core.StagedSlots(slots, [0, 1], [8, 4])
+    slots.shrink([0, 1], [6, 0])
+    del staged
+    assert [slots.resident(row) for row in range(3)] == [4, 0, 3]
+    slots.shrink([0, 1, 2], [0, 0, 0])
+    assert settled_usage(shared, model) == 0

@@ -143,7 +143,7 @@ class Worklife {
 
 int work(const std::string& name, Board& board, std::size_t index, std::uint64_t seed, const Options& options) {
     try {
-        const auto budget = PhysicalBudget::join(name, limit, DeviceKind::host);
+        const auto budget = PhysicalBudget::join(name, limit, host_driver()->capabilities());
         const std::array<AccountPtr, 2> accounts{budget->open("one"), budget->open("two")};
         std::vector<std::thread> threads;
         for (std::uint64_t t = 0; t < options["threads"]; ++t) {
@@ -270,7 +270,7 @@ int run(const Options& options) {
     if (fd < 0 || ftruncate(fd, sizeof(Board)) != 0) die("no memory to share");
     Board& board = *new (&map_board(fd)) Board;
     // Joined first and left last, so that the segment is there throughout.
-    auto budget = PhysicalBudget::join(name, limit, DeviceKind::host);
+    auto budget = PhysicalBudget::join(name, limit, host_driver()->capabilities());
     const std::shared_ptr<Ledger> ledger = budget->ledger();
     Watched seen;
     std::mt19937_64 random(options["seed"]);

@@ -1,5 +1,7 @@
-"""Ranks of a tensor-parallel group whose tensors grow together or not at all."""
+"""Ranks of a tensor-parallel group whose memory grows together or not at all, and models that are split among them."""
 
 from elastikv.distributed.ranks import Ranks
+from elastikv.distributed.slots import RankedSlots
+from elastikv.distributed.tensor_parallel import split
 
-__all__ = ["Ranks"]
+__all__ = ["RankedSlots", "Ranks", "split"]

@@ -13,6 +13,7 @@ from elastikv.hf.slots import Slots
 from elastikv.hf.step import DecodeStep, EvenStep, RaggedStep
 
 if TYPE_CHECKING:
+    from elastikv.distributed import Ranks
     from elastikv.hf.geometry import KVGeometry
     from elastikv.hf.step import Step
 
@@ -34,7 +35,14 @@ class Batch:
     """
 
     def __init__(
-        self, geometry: KVGeometry, *, model: elastikv.Model, max_batch: int, max_tokens: int, dtype: torch.dtype | None
+        self,
+        geometry: KVGeometry,
+        *,
+        model: elastikv.Model,
+        max_batch: int,
+        max_tokens: int,
+        dtype: torch.dtype | None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.geometry = geometry
         self.length = 0  # tokens that every layer has seen
@@ -42,7 +50,7 @@ class Batch:
         self.padding: list[int] = []
         self._model = model
         self._dtype = dtype
-        self._slots = Slots(geometry, model=model, rows=max_batch, max_tokens=max_tokens)
+        self._slots = Slots(geometry, model=model, rows=max_batch, max_tokens=max_tokens, ranks=ranks)
         self._next_layer = 0  # the layer that the running step waits for; 0: no step is running
         self._step_tokens = 0  # tokens that each layer of the running step brings
         self._rows = 0  # rows of the running step, or of the last one
@@ -241,8 +249,9 @@ class Batch:
         """A batch of its own with the same tokens, charged to the same model."""
         self.require_whole_steps()
         other = Batch(
-            self.geometry, model=self._model, max_batch=self.max_batch, max_tokens=self.max_tokens, dtype=self._dtype
-        )
+            self.geometry, model=self._model, max_batch=self.max_batch, max_tokens=self.max_tokens, dtype=self._dtype,
+            ranks=self._slots.ranks,
+        )  # fmt: skip
         if self.size:
             slots, rows = other._slots, range(self.size)
             lengths = self._slots.lengths[: self.size]

@@ -17,6 +17,7 @@ from elastikv.hf.geometry import KVGeometry, kv_geometry
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from elastikv.distributed import Ranks
     from elastikv.hf.decoder import Decoder
     from elastikv.hf.sampling import Sampling
     from elastikv.hf.slots import Slots
@@ -136,6 +137,8 @@ class ElasticCache(Cache):
         max_batch: the most sequences. Memory and addresses are taken for the batch that comes, not for this many.
         max_tokens: the most tokens of one sequence, prompt and answer. Costs addresses, not memory.
         dtype: of the keys and values; by default that of the first ones.
+        ranks: a `Ranks` of elastikv.distributed, for a tensor-parallel model, whose ranks each hold a cache of their
+            share of the heads and make the same calls: their memory grows and shrinks together or not at all.
 
     Errors: InvalidArgument for what does not fit (batch, tokens, heads, device, dtype), OutOfPhysicalMemory when the
     pool is dry. Either way the cache stays as it was before the step, ready to try again: after an error of the model
@@ -152,12 +155,14 @@ class ElasticCache(Cache):
         max_batch: int = 1,
         max_tokens: int,
         dtype: torch.dtype | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if max_batch < 1 or max_tokens < 1:
             raise InvalidArgument(f"max_batch={max_batch} and max_tokens={max_tokens} must be at least 1")
         geometry = config if isinstance(config, KVGeometry) else kv_geometry(config)
         self._config = None if isinstance(config, KVGeometry) else config.get_text_config(decoder=True)
-        self._serve(Batch(geometry, model=model, max_batch=max_batch, max_tokens=max_tokens, dtype=dtype))
+        batch = Batch(geometry, model=model, max_batch=max_batch, max_tokens=max_tokens, dtype=dtype, ranks=ranks)
+        self._serve(batch)
 
     def _serve(self, batch: Batch) -> None:
         self._batch = batch

@@ -12,7 +12,7 @@ from elastikv.errors import InvalidArgument
 from elastikv.hf.attention import logger
 from elastikv.hf.forward import require_attention, run_step
 from elastikv.hf.lean import Lean
-from elastikv.hf.room import Room
+from elastikv.hf.room import RankedRoom, Room
 from elastikv.hf.sampling import Sampler, Sampling
 from elastikv.hf.step import DecodeStep
 
@@ -90,7 +90,8 @@ class Decoder:
         self._room = self._new_room([1] * count)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._graph_memory: Any = None
-        self._marks: list[torch.cuda.Event] = []
+        self._marks: list[tuple[torch.cuda.Event, torch.Tensor]] = []  # with the rows that had ended then
+        self._heard = [True] * count  # rows that had ended at the last mark
         self._steps = 0
         self.captures = 0
 
@@ -128,6 +129,8 @@ class Decoder:
             raise InvalidArgument(
                 f"{len(limits)} limits for {len(self.rows)} rows, {len(stop)} stops of at most {len(self._stops)}"
             )
+        if self.slots.ranks is not None and seed is None and (sampling or self.sampling).temperature:
+            raise InvalidArgument("the ranks of a group must draw the same tokens: give all of them one seed")
         with torch.inference_mode():
             self.sampling = sampling or self.sampling
             self._sampler.set(self.sampling, seed)
@@ -142,6 +145,7 @@ class Decoder:
             self._room = self._new_room(limits)
             self._steps = 0
             self._wait()
+            self._forget_news()
 
     def put(self, index: int, row: int, token: int, limit: int) -> None:
         """A sequence joins between steps: place ``index`` goes on with this row, whose next token is known.
@@ -168,6 +172,7 @@ class Decoder:
             self._limits[index] = limit
             self.ended[index] = limit == 1
             self._ended_here[index] = limit == 1
+        self._forget_news()
         self.rows[index] = row
         self._room.set_row(index, row, used, used + limit - 1)
 
@@ -182,6 +187,7 @@ class Decoder:
             self.ended[index] = True
             self._ended_here[index] = True
             self._step.set_row(index, self.slots.idle_row)
+        self._forget_news()
         self.rows[index] = self.slots.idle_row
         self._room.set_row(index, self.slots.idle_row, 0, 0)
         return int(self.count[index])
@@ -190,6 +196,16 @@ class Decoder:
         if self._on_gpu:
             torch.cuda.current_stream(self.slots.device).synchronize()
 
+    def _forget_news(self) -> None:
+        """The host knows all, and what is on its way is older."""
+        self._marks.clear()
+        self._heard = self._ended_here.tolist()
+
+    def _known_ended(self) -> list[bool]:
+        """Rows that the host knows to have ended. Ranks that must go on and stop together learn it at the same steps,
+        whichever device is ahead: from what was copied at a mark that all have waited for."""
+        return self._heard if self._on_gpu and self.slots.ranks is not None else self._ended_here.tolist()
+
     def step(self) -> torch.Tensor:
         """One more token for each row that has not ended; returns `tokens`, ``[row, 1]``, which the next step changes.
 
@@ -197,7 +213,7 @@ class Decoder:
         """
         self._room.make()
         self.slots.device_lengths  # noqa: B018 (brings them up to date, where others changed other rows)
-        ended = self._ended_here.tolist()
+        ended = self._known_ended()
         graph = self._graph() if self._graphed else None
         if graph is not None:
             graph.replay()
@@ -214,7 +230,7 @@ class Decoder:
     @property
     def all_ended(self) -> bool:
         """Whether every row is known to have ended; on CUDA the news come some steps late."""
-        return bool(self._ended_here.all())
+        return all(self._known_ended())
 
     def finish(self) -> list[int]:
         """Waits for the device; the slots' lengths are right on the host again. Returns the new tokens by row."""
@@ -228,7 +244,8 @@ class Decoder:
     def _new_room(self, limits: Sequence[int]) -> Room:
         # The last new token is not stored.
         used = [self._length(row) for row in self.rows]
-        return Room(self.slots, self.rows, used, [length + limit - 1 for length, limit in zip(used, limits)])
+        kind = Room if self.slots.ranks is None else RankedRoom
+        return kind(self.slots, self.rows, used, [length + limit - 1 for length, limit in zip(used, limits)])
 
     def _length(self, row: int) -> int:
         return 0 if row == self.slots.idle_row else self.slots.lengths[row]
@@ -309,7 +326,12 @@ class Decoder:
         """Waits where the host is too far ahead, or rows that ended would go on for long."""
         if self._steps % LEAD == 0:
             if self._marks:
-                self._marks.pop(0).synchronize()
-            mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                mark, ended = self._marks.pop(0)
+                mark.synchronize()
+                self._heard = ended.tolist()
+            mark, ended = torch.cuda.Event(), self._ended_here  # type: ignore[no-untyped-call]
+            if self.slots.ranks is not None:
+                ended = torch.empty(self.ended.shape, dtype=torch.bool, pin_memory=True)
+                ended.copy_(self.ended, non_blocking=True)
             mark.record()
-            self._marks.append(mark)
+            self._marks.append((mark, ended))

@@ -88,7 +88,7 @@ def generate(
         finally:
             batch.adopt_rows(count, 0)
         decoder = cache.decoder(model, sampling=sampling, capacity=max_new_tokens)
-        if seed is None and sampling.temperature:
+        if seed is None and sampling.temperature and batch.slots.ranks is None:
             seed = int(torch.randint(1 << 62, ()))  # from torch's generator, so that its seed decides
         decoder.start(logits, limits=[max_new_tokens] * count, stop=stops, pad=pad, sampling=sampling, seed=seed)
     steps = 1

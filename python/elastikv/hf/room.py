@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from elastikv.distributed.slots import RankedSlots
 from elastikv.errors import OutOfPhysicalMemory
 
 if TYPE_CHECKING:
+    import elastikv
     from elastikv.hf.slots import Slots
 
 #: Tokens that are claimed ahead of the longest step, so that the books are opened once in so many steps.
@@ -38,16 +40,8 @@ class Room:
         """Room for one more token in each row; nothing changes if there is none. Raises OutOfPhysicalMemory."""
         if self._steps > 0:
             return
-        slots = self._slots
-        tensor = slots.tensor
-        assert tensor is not None
-        for slack in (SLACK, 1):
-            try:
-                tensor.grow(self._rows, [min(used + slack, tensor.max_tokens) for used in self.used], exact=True)
-                break
-            except OutOfPhysicalMemory:
-                if slack == 1:
-                    raise
+        self._claim()
+        tensor = self._tensor
         held = [tensor.resident(row) for row in self._rows]
         self._steps = min(tokens - used for tokens, used in zip(held, self.used))
         # What the next claim may ask for must be on its way already; then an eighth more, so that extents are few.
@@ -63,6 +57,23 @@ class Room:
         if late:
             tensor.prefetch([self._rows[index] for index in late], [self._ahead[index] for index in late])
 
+    def _claim(self) -> None:
+        for slack in (SLACK, 1):
+            try:
+                self._tensor.grow(self._rows, self._wanted(slack), exact=True)
+                break
+            except OutOfPhysicalMemory:
+                if slack == 1:
+                    raise
+
+    def _wanted(self, slack: int) -> list[int]:
+        return [min(used + slack, self._tensor.max_tokens) for used in self.used]
+
+    @property
+    def _tensor(self) -> elastikv.SlotTensor | RankedSlots:
+        assert self._slots.tensor is not None
+        return self._slots.tensor
+
     def set_row(self, index: int, row: int, used: int, bound: int) -> None:
         """Another row in this place."""
         self._rows[index], self.used[index], self._bounds[index], self._ahead[index] = row, used, bound, 0
@@ -74,3 +85,19 @@ class Room:
             if not end:
                 self.used[index] = min(self.used[index] + 1, self._bounds[index])
         self._steps -= 1
+
+
+class RankedRoom(Room):
+    """The same where ranks must agree: they are asked some steps before it is needed, so that no step waits for it."""
+
+    _asked = False
+
+    def make(self) -> None:
+        if self._steps == 0:
+            self._asked = False
+            super().make()
+        elif self._steps <= SLACK // 2 and not self._asked:
+            self._asked = True
+            tensor = self._tensor
+            assert isinstance(tensor, RankedSlots)
+            tensor.begin_growth(self._rows, self._wanted(self._steps + SLACK))

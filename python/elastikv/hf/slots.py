@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 import elastikv
+from elastikv.distributed.slots import RankedSlots
 from elastikv.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    from elastikv.distributed import Ranks
     from elastikv.hf.geometry import KVGeometry, LayerShape
 
 
@@ -35,6 +37,8 @@ class Slots:
     Rows have addresses for one token more than max_tokens: a place to write to for rows that take part in a step and
     have ended. And there is one row more, `idle_row`, for places in a step that no sequence takes; it stays empty.
 
+    ranks: of a parallel group, which all make the same calls on slots like these: their rows have the same memory.
+
     Memory errors leave everything as it was. Not thread-safe.
     """
 
@@ -46,6 +50,7 @@ class Slots:
         rows: int,
         max_tokens: int,
         dtype: torch.dtype | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if rows < 1 or max_tokens < 1:
             raise InvalidArgument(f"slots need at least one row and one token, not {rows} and {max_tokens}")
@@ -55,7 +60,8 @@ class Slots:
         self.rows = rows
         self.max_tokens = max_tokens
         self.dtype = dtype
-        self.tensor: elastikv.SlotTensor | None = None
+        self.ranks = ranks
+        self.tensor: elastikv.SlotTensor | RankedSlots | None = None
         self.shapes: tuple[LayerShape, ...] = ()
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
@@ -80,7 +86,8 @@ class Slots:
                 values.append(tensor.window(offset + shape.key_elements, (shape.value_heads, shape.value_dim)))
                 offset += shape.elements
             self._device_lengths = torch.zeros(self.rows + 1, dtype=torch.int32, device=self.device)
-        self.tensor, self.keys, self.values = tensor, keys, values
+        self.tensor = tensor if self.ranks is None else RankedSlots(tensor, self.ranks)
+        self.keys, self.values = keys, values
         self.shapes, self.dtype = tuple(shapes), dtype
         self.lengths = [0] * self.rows
         self._stale.clear()
@@ -100,7 +107,7 @@ class Slots:
         return 0 if self.tensor is None else self.tensor.token_bytes
 
     @property
-    def _memory(self) -> elastikv.SlotTensor:
+    def _memory(self) -> elastikv.SlotTensor | RankedSlots:
         if self.tensor is None:
             raise InvalidArgument("these slots have no memory yet: nothing was written to them")
         return self.tensor

@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Idle memory that changes hands: A is idle at its peak, B starts and asks for all that A was not promised.
+
+    benchmarks/python/bench_sharing.py [--json FILE]                 # on a GPU, 8 GiB
+    benchmarks/python/bench_sharing.py --device cpu --size 268435456
+
+Times are from B's asking to having the memory, and to its being zeroed and usable on the device; medians. A's memory
+lies in extents as it would come: of open-ended growth, of the heap's and block pools' 32 MiB, as one, and with a handle
+a page, which nothing in elastikv makes by itself and which shows what a handle costs. `other process`: A is in one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import elastikv
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sharing_report
+
+HEAP_EXTENT = 32 << 20
+CALLS = ("unmap", "release", "create", "map", "set_access")
+
+
+class Peak:
+    """Model A: memory that it takes in extents of some kind, and then leaves idle."""
+
+    def __init__(self, pool: elastikv.SharedMemoryPool, kind: str, size: int) -> None:
+        self.model = pool.register_model("A", 1 << 42)
+        self.kind, self.size, self.page = kind, size, self.model.page_size
+        self.rows = elastikv.SlotTensor(
+            self.model, 1, size // self.page, self.page, torch.uint8,
+            largest_extent=HEAP_EXTENT if kind == "32 MiB extents" else 0,
+        )  # fmt: skip
+
+    def rise_and_fall(self) -> int:
+        """Returns the number of extents that lie idle then."""
+        pages = self.size // self.page
+        if self.kind in ("open-ended", "a handle a page"):
+            for length in range(1, pages + 1):
+                self.rows.grow([0], [length], exact=self.kind == "a handle a page")
+        else:
+            self.rows.grow([0], [pages], exact=True)
+        extents = self.model.stats().extents
+        self.rows.shrink([0], [0])
+        self.model.drain()
+        assert self.model.stats().parked == self.size, self.model.stats()
+        return int(extents)
+
+
+def wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def nanoseconds(models: list[elastikv.Model]) -> dict[str, int]:
+    stats = [model.stats().driver_calls for model in models]
+    return {call: sum(each[call].nanoseconds for each in stats) for call in CALLS}
+
+
+def hand_over(device: str, size: int, kind: str, reserve: int = 0, rounds: int = 5) -> dict[str, Any]:
+    """A in this process."""
+    found: dict[str, Any] = {}
+    asked, usable, calls = [], [], []
+    with elastikv.SharedMemoryPool(size, device, park_limit=size) as pool:
+        a, b = Peak(pool, kind, size), pool.register_model("B", 1 << 42)
+        for number in range(rounds + 1):
+            found["extents"] = a.rise_and_fall()
+            a.model.set_quota(reserve=reserve)
+            wait(device)
+            before = nanoseconds([a.model, b])
+            begin = time.perf_counter()
+            theirs = elastikv.empty((size - reserve,), (size,), torch.uint8, b)
+            had = time.perf_counter() - begin
+            wait(device)
+            if number:
+                asked.append(had)
+                usable.append(time.perf_counter() - begin)
+                after = nanoseconds([a.model, b])
+                calls.append({call: (after[call] - before[call]) / 1e6 for call in CALLS})
+            assert a.model.stats().physical_usage <= reserve and b.quota().grants == 0
+            a.model.set_quota(reserve=0)
+            del theirs
+            wait(device)
+            b.drain()
+            pool.trim()
+        del a
+    found["ms"], found["usable_ms"] = (statistics.median(each) * 1e3 for each in (asked, usable))
+    found["calls_ms"] = {call: statistics.median(each[call] for each in calls) for call in CALLS}
+    return found
+
+
+OTHER = """
+import sys
+import torch, elastikv
+sys.path.insert(0, {folder!r})
+from bench_sharing import Peak
+with elastikv.SharedMemoryPool({size}, {device!r}, park_limit={size}, name={name!r}) as pool:
+    peak = Peak(pool, "open-ended", {size})
+    for line in sys.stdin:
+        print(peak.rise_and_fall(), flush=True)
+"""
+
+
+def from_other_process(device: str, size: int, rounds: int = 5) -> dict[str, Any]:
+    name = f"bench-{os.getpid()}"
+    script = OTHER.format(folder=str(Path(__file__).resolve().parent), size=size, device=device, name=name)
+    asked, usable = [], []
+    with elastikv.SharedMemoryPool(size, device, park_limit=size, name=name) as pool:
+        b = pool.register_model("B", 1 << 42)
+        other = subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert other.stdin is not None and other.stdout is not None
+        try:
+            for number in range(rounds + 1):
+                other.stdin.write("up\n")
+                other.stdin.flush()
+                extents = int(other.stdout.readline())
+                begin = time.perf_counter()
+                theirs = elastikv.empty((size,), (size,), torch.uint8, b)
+                had = time.perf_counter() - begin
+                wait(device)
+                if number:
+                    asked.append(had)
+                    usable.append(time.perf_counter() - begin)
+                del theirs
+                wait(device)
+                b.drain()
+                pool.trim()
+        finally:
+            other.stdin.close()
+            other.wait(30)
+    ms = {"ms": statistics.median(asked) * 1e3, "usable_ms": statistics.median(usable) * 1e3}
+    return {"extents": extents, **ms}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, default=8 << 30, help="bytes of A's peak")
+    parser.add_argument("--json", help="write the result here, too")
+    asked = parser.parse_args()
+    device, size = asked.device, asked.size
+    ways = {
+        "open-ended": hand_over(device, size, "open-ended"),
+        "open-ended, a quarter reserved": hand_over(device, size, "open-ended", reserve=size // 4),
+        "32 MiB extents": hand_over(device, size, "32 MiB extents"),
+        "one extent": hand_over(device, size, "one extent"),
+        "other process": from_other_process(device, size),
+        "a handle a page": hand_over(device, size, "a handle a page", rounds=2),
+    }
+    result = {"benchmark": "sharing", "device": device, "torch": torch.__version__, "bytes": size, "ways": ways}
+    if asked.json:
+        Path(asked.json).write_text(json.dumps(result, indent=2) + "\n")
+    sharing_report.print_tables(result)
+    fine = True
+    for what, value, bar, holds in sharing_report.bars(result):
+        print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.3g}")
+        fine = fine and holds
+    return 0 if fine or device == "cpu" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
