@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 
 from elastikv.errors import OutOfPhysicalMemory
@@ -61,26 +62,40 @@ class Runner:
             self.engine.close()
 
 
-def run_until_idle(*engines: Engine) -> None:
-    """Steps engines in turn, on this thread, until none has anything to do.
+class Round:
+    """Engines that take their steps in turn, on the caller's thread. Where none can move, the youngest makes way."""
 
-    Where none can move, the youngest request of all makes way. Raises OutOfPhysicalMemory where that does not help, as
-    others hold the memory: the requests stay where they are.
-    """
-    dry = 0
-    while not all(engine.idle for engine in engines):
-        moved = [engine.advance() for engine in engines]
-        if any(moved):
-            dry = 0
-            continue
-        dry += 1
-        for engine in engines:
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self.engines = list(engines)
+        self._dry = 0  # rounds without a move
+
+    @property
+    def idle(self) -> bool:
+        return all(engine.idle for engine in self.engines)
+
+    def advance(self) -> None:
+        """A step of each. Raises OutOfPhysicalMemory where nothing helps any more, as others hold the memory."""
+        moved = [engine.advance() for engine in self.engines if not engine.idle]
+        if any(moved) or self.idle:
+            self._dry = 0
+            return
+        self._dry += 1
+        for engine in self.engines:
             engine.handle.drain()
-        running = [(request.number, engine) for engine in engines for request in engine.running]
-        if dry > 3 + len(running):
-            waiting = sum(engine.waiting for engine in engines)
+        running = [request for engine in self.engines for request in engine.running]
+        if self._dry > 3 + len(running):
+            waiting = sum(engine.waiting for engine in self.engines)
             raise OutOfPhysicalMemory(
-                f"{waiting} requests wait and {len(running)} hold rows, but none can move: others hold the memory"
+                f"{waiting} requests wait and {len(running)} hold rows, but none can move: others hold the memory, or "
+                "one needs more than there is"
             )
-        if running:
-            max(running, key=lambda one: one[0])[1].give_way()
+        if len(running) > 1:
+            youngest = max(running, key=lambda request: request.number)
+            next(engine for engine in self.engines if youngest in engine.running).give_way(youngest)
+
+
+def run_until_idle(*engines: Engine) -> None:
+    """Takes the engines' steps in turn until none has anything to do. Errors are those of `Round.advance`."""
+    together = Round(engines)
+    while not together.idle:
+        together.advance()
