@@ -86,7 +86,7 @@ class Engine:
             geometry, model=handle, rows=max_batch + prefix_entries, max_tokens=max_tokens, dtype=original.dtype,
             largest_extent=extent,
         )  # fmt: skip
-        vocabulary = int(original.config.get_text_config(decoder=True).vocab_size)
+        self._vocabulary = vocabulary = int(original.config.get_text_config(decoder=True).vocab_size)
         self.prefixes = PrefixIndex(self.slots, entries=prefix_entries, shortest=shortest_prefix)
         self._lanes = Lanes(model, self.slots, vocabulary, lambda request, token: self._scheduler.took(request, token))
         self._prompts = Prompts(original, self.slots, vocabulary, chunk)
@@ -121,9 +121,10 @@ class Engine:
         stop: Sequence[int] = (),
         deadline: float | None = None,
         on_token: Callable[[Request, int], object] | None = None,
+        on_end: Callable[[Request], object] | None = None,
     ) -> Request:
-        """Puts a request in line. on_token(request, token) is called by the thread that steps, with no lock held; if it
-        raises, this request ends with that error.
+        """Puts a request in line. on_token(request, token), and on_end(request) when it is done, are called by the
+        thread that steps, with no lock held; if they raise, this request ends with that error.
 
         Raises InvalidArgument for what can never be served, OutOfPhysicalMemory where it is larger than the model's
         limit, PoolClosed after close.
@@ -135,6 +136,9 @@ class Engine:
             tuple(int(token) for token in prompt), max_new_tokens, sampling or Sampling(), seed, repetition_penalty,
             frozenset(stop), deadline,
         )  # fmt: skip
+        foreign = next((token for token in asked.prompt if not 0 <= token < self._vocabulary), None)
+        if foreign is not None:
+            raise InvalidArgument(f"token {foreign} is not of the model's vocabulary of {self._vocabulary}")
         if asked.most_stored > self.slots.max_tokens:
             raise InvalidArgument(
                 f"{len(asked.prompt)} + {max_new_tokens} tokens, prompt and answer, do not fit an engine of "
@@ -146,7 +150,7 @@ class Engine:
             raise OutOfPhysicalMemory(
                 f"a request of up to {asked.most_stored} tokens needs {need} bytes; model {self.name!r} may hold {most}"
             )
-        request = Request(self, asked, on_token, self.clock())
+        request = Request(self, asked, self.clock(), on_token, on_end)
         self._scheduler.counts.submitted += 1
         self._inbox.append(request)
         self.wake()

@@ -81,7 +81,12 @@ class Request:
     """
 
     def __init__(
-        self, engine: Engine, asked: Asked, on_token: Callable[[Request, int], object] | None, submitted: float
+        self,
+        engine: Engine,
+        asked: Asked,
+        submitted: float,
+        on_token: Callable[[Request, int], object] | None = None,
+        on_end: Callable[[Request], object] | None = None,
     ) -> None:
         self.number = next(_numbers)
         self.asked = asked
@@ -100,6 +105,7 @@ class Request:
         self.stored = 0  # tokens in its row
         self._engine = engine
         self._on_token = on_token
+        self._on_end = on_end
         self._news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def __repr__(self) -> str:
@@ -149,5 +155,8 @@ class Request:
     def deliver(self, token: int | None) -> None:
         """Passes a token on, or that there are no more. Called by the engine with no lock held."""
         self._news.put(token)
-        if token is not None and self._on_token is not None:
+        if token is None:
+            if self._on_end is not None:
+                self._on_end(self)
+        elif self._on_token is not None:
             self._on_token(self, token)
