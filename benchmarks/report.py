@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turns runs of bench_growth, bench_allocator and bench_decode into results files, and those into the README's tables.
+"""Turns runs of the benchmarks (growth, allocator, decode, serving) into results files, and those into README's tables.
 
     benchmarks/report.py collect RAW.json    # what one of them wrote -> benchmarks/results/
     benchmarks/report.py show FILE.json      # the tables with ratios and bars, on the terminal
@@ -22,6 +22,7 @@ from typing import Any
 
 import allocator_report
 import decode_report
+import serving_report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -62,7 +63,7 @@ def machine(context: dict[str, Any]) -> dict[str, str]:
 def collect(raw: pathlib.Path, commit: str, folder: pathlib.Path) -> pathlib.Path:
     """Writes `raw` as a results file in `folder` and returns its path."""
     data = json.loads(raw.read_text())
-    if data.get("benchmark") in ("allocator", "decode"):
+    if data.get("benchmark") in ("allocator", "decode", "serving"):
         where = machine({"num_cpus": os.cpu_count()})
         return write(folder, where["gpu"], {"benchmark": data["benchmark"], "commit": commit, **where, **data})
     # Google Benchmark's: its medians.
@@ -133,6 +134,10 @@ def show(result: dict[str, Any]) -> bool:
         print(f"{result['gpu']}, torch {result['torch']}, {result['date']}, commit {result['commit']}")
         decode_report.print_tables(result)
         return show_bars(decode_report.bars(result))
+    if result["benchmark"] == "serving":
+        print(f"{result['gpu']}, torch {result['torch']}, {result['date']}, commit {result['commit']}")
+        serving_report.print_tables(result)
+        return show_bars(serving_report.bars(result))
     fine = True
     for device in devices(result):
         chip = result["cpu" if device == "cpu" else "gpu"]
@@ -181,6 +186,13 @@ def decode_section(result: dict[str, Any]) -> str:
     return f"{head}\n\n{decode_report.markdown(result)}"
 
 
+def serving_section(result: dict[str, Any]) -> str:
+    where = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}"
+    counts = f"{result['one']['requests']} requests of a trace to one model, {result['three']['requests']} to three"
+    head = f"{counts}, on {where} ({result['date']}, commit {result['commit']}):"
+    return f"{head}\n\n{serving_report.markdown(result)}"
+
+
 def readme() -> None:
     """Replaces the README's tables by those of the newest results."""
     path = ROOT / "README.md"
@@ -189,6 +201,7 @@ def readme() -> None:
         ("growth", growth_section),
         ("allocator", allocator_section),
         ("decode", decode_section),
+        ("serving", serving_section),
     ):
         begin, end = f"<!-- {benchmark}: made by benchmarks/report.py readme -->", f"<!-- {benchmark}: end -->"
         result = newest(benchmark)

@@ -24,9 +24,9 @@ from elastikv.demo.check import check_answers
 from elastikv.demo.roles import Role, load_roles, smollm2_file
 from elastikv.demo.run import Options, run_demo
 from elastikv.demo.serve import Server
-from elastikv.demo.workload import Job, choose_limit, demand, make_jobs, role_of, row_tokens
+from elastikv.demo.workload import Job, choose_limit, demand, make_jobs, row_tokens
 from elastikv.hf.geometry import kv_geometry
-from elastikv.trace import TraceRequest
+from elastikv.trace import TraceRequest, model_of
 
 SIZES = {
     "vocab_size": 128,
@@ -237,7 +237,7 @@ def test_demand_is_what_an_unlimited_run_takes(roles, device):
 
 
 def test_models_take_turns(roles):
-    assert [role_of(i, 2.0 * i, 10.0) for i in range(12)] == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 1]
+    assert [model_of(i, 2.0 * i, models=2, shift=10.0) for i in range(12)] == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 1]
     requests = [TraceRequest(i / 2, 10 + i, 4) for i in range(20)]
     jobs, cut = make_jobs(requests, roles, shift=5.0)
     assert cut == 0 and [len(job.prompt) for job in jobs] == [10 + i for i in range(20)]

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 
 from elastikv.demo.roles import Role
 from elastikv.errors import InvalidArgument
-from elastikv.trace import TraceRequest
+from elastikv.trace import TraceRequest, model_of
 
 #: Rounds of the server to a second of the trace. A round gives every running job one token.
 ROUNDS_PER_SECOND = 5.0
-#: One request in so many goes to the model that is quiet just now.
-CROSSING = 6
 
 
 @dataclass
@@ -30,12 +28,6 @@ class Job:
     restarts: int = 0  # and with its pages given back
 
 
-def role_of(index: int, arrival: float, shift: float) -> int:
-    """The models take turns in being busy: for shift seconds most requests go to one, then to the other."""
-    busy = int(arrival / shift) % 2
-    return 1 - busy if index % CROSSING == CROSSING - 1 else busy
-
-
 def make_jobs(requests: Sequence[TraceRequest], roles: Sequence[Role], *, shift: float) -> tuple[list[Job], int]:
     """Jobs in the order of arrival, and how many requests had to be cut to what their model can take.
 
@@ -45,7 +37,7 @@ def make_jobs(requests: Sequence[TraceRequest], roles: Sequence[Role], *, shift:
         raise InvalidArgument(f"the models take turns every {shift} seconds: that must be above 0")
     jobs, cut = [], 0
     for index, request in enumerate(requests):
-        role = role_of(index, request.arrival, shift)
+        role = model_of(index, request.arrival, models=len(roles), shift=shift)
         most = getattr(roles[role].model.config.get_text_config(), "max_position_embeddings", None) or 2048
         wanted = min(request.generated_tokens, most // 2)
         context = min(request.context_tokens, most - wanted)

@@ -14,8 +14,9 @@ from elastikv.hf.slots import Slots
 from elastikv.serving.choice import Choice, Kind
 from elastikv.serving.request import Request
 
-#: Batch sizes that decoders, and on CUDA graphs, are made for.
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+#: Batch sizes that decoders are made for, by kind of device: on CUDA each has graphs, and a place that nobody takes
+#: costs next to nothing; on the CPU it costs as much as any other.
+SIZES = {"cuda": tuple(1 << power for power in range(11)), "cpu": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)}
 
 
 class _Launched:
@@ -114,7 +115,7 @@ class Lanes:
             for place, request in enumerate(self._places):
                 if request is not None:
                     self._drop(place)
-            size = next((size for size in SIZES if size >= count), count)
+            size = next((size for size in SIZES[self._slots.device.type] if size >= count), count)
             self._key = (size, self._wanted_kind())
             if self._key not in self._made:
                 self._made[self._key] = self._make(*self._key)
@@ -125,7 +126,7 @@ class Lanes:
 
     def _fits(self, count: int) -> bool:
         size = self._key[0]
-        return count <= size and (count * 2 > size or size == 1)
+        return count <= size < 4 * count or count == size
 
     def _wanted_kind(self) -> Kind:
         kind = Kind()
