@@ -22,6 +22,7 @@ from typing import Any
 
 import allocator_report
 import decode_report
+import serving_report
 import sharing_report
 import two_gpus_report
 
@@ -32,6 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 REPORTS: dict[str, Any] = {
     "allocator": allocator_report,
     "decode": decode_report,
+    "serving": serving_report,
     "sharing": sharing_report,
     "two-gpus": two_gpus_report,
 }
@@ -199,6 +201,13 @@ def sharing_section(result: dict[str, Any]) -> str:
     return f"{head}\n\n{sharing_report.markdown(result)}"
 
 
+def serving_section(result: dict[str, Any]) -> str:
+    where = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}"
+    counts = f"{result['one']['requests']} requests of a trace to one model, {result['three']['requests']} to three"
+    head = f"{counts}, on {where} ({result['date']}, commit {result['commit']}):"
+    return f"{head}\n\n{serving_report.markdown(result)}"
+
+
 def readme() -> None:
     """Replaces the README's tables by those of the newest results."""
     path = ROOT / "README.md"
@@ -209,6 +218,7 @@ def readme() -> None:
         ("decode", decode_section),
         ("sharing", sharing_section),
         ("two-gpus", two_gpus_section),
+        ("serving", serving_section),
     ):
         begin, end = f"<!-- {benchmark}: made by benchmarks/report.py readme -->", f"<!-- {benchmark}: end -->"
         result = newest(benchmark)

@@ -58,6 +58,42 @@ PressureHandle on_pressure(const Model& model, const py::object& callback) {
     return {model.account(), model.account()->add_pressure_callback(std::move(call))};
 }
 
+// What Python keeps idle. Thread safe: the GIL guards the callback.
+class PythonHolder final : public IdleHolder {
+  public:
+    explicit PythonHolder(const py::object& callback) : held_(kept(callback)) {}
+
+    Bytes release_idle(Bytes wanted) override {
+        if (removed_ || interpreter_ends) return 0;
+        const py::gil_scoped_acquire acquire;
+        try {
+            return (*held_)(wanted).cast<Bytes>();
+        } catch (py::error_already_set& error) {
+            error.discard_as_unraisable("a reclaim callback of elastikv");
+        } catch (const py::cast_error&) {
+            PyErr_SetString(PyExc_TypeError, "a reclaim callback must return the bytes that it gave back");
+            py::error_already_set().discard_as_unraisable("a reclaim callback of elastikv");
+        }
+        return 0;
+    }
+    int idle_order() const noexcept override { return 1; }
+    void remove() { removed_ = true; }
+
+  private:
+    const std::shared_ptr<py::object> held_;
+    std::atomic<bool> removed_{false};
+};
+
+std::shared_ptr<PythonHolder> on_reclaim(const Model& model, const py::object& callback) {
+    if (PyCallable_Check(callback.ptr()) == 0) {
+        throw py::type_error(std::string("callback must be callable, not ") + Py_TYPE(callback.ptr())->tp_name);
+    }
+    auto holder = std::make_shared<PythonHolder>(callback);
+    const py::gil_scoped_release release;
+    model.account()->add_idle_holder(holder);
+    return holder;
+}
+
 std::unique_ptr<RangeExport> export_range(const ModelPtr& model, const py::object& offset, const py::object& size,
                                           bool read_only) {
     const Bytes begin = to_offset(offset, size, model->pool().capacity());
@@ -75,6 +111,10 @@ void bind_models(py::module_& module) {
     py::module_::import("atexit").attr("register")(py::cpp_function([] { interpreter_ends = true; }));
     py::class_<PressureHandle>(module, "PressureHandle", "What Model.on_pressure returns.")
         .def("remove", &PressureHandle::remove, NoGil(), "The callback is not called any more; one under way ends.");
+
+    py::class_<PythonHolder, std::shared_ptr<PythonHolder>>(
+        module, "ReclaimHandle", "What Model.on_reclaim returns: the callback is called while it lives.")
+        .def("remove", &PythonHolder::remove, NoGil(), "The callback is not called any more; one under way ends.");
 
     py::class_<RangeExport>(module, "RangeExport",
                             "What Model.export returns: the range can be imported while it lives.")
@@ -109,6 +149,14 @@ physical limit), InvalidSize, ModelNotFound.)")
 
 wanted: bytes that would help; seconds: later they don't. The callback frees, pauses, spills, or does nothing. It runs on any
 thread, with no lock of the pool held; what it raises goes to sys.unraisablehook. Returns a PressureHandle.)")
+        .def(
+            "on_reclaim", &on_reclaim, arg("callback"),
+            R"(Calls callback(wanted) when anyone lacks memory that this model keeps without need, as for prefixes that may come again.
+
+This is before anyone is pressed for what is in use, whatever the priorities. wanted: bytes that would help. The callback gives
+idle memory back, as far as it can without waiting for locks or for the device, and returns the bytes. It runs on any thread, with
+no lock of the pool held, also amid the caller's own growth of tensors, whose locks it must not take then; what it raises goes to
+sys.unraisablehook. Returns a ReclaimHandle, to be kept.)")
         .def(
             "export", &export_range, arg("offset"), arg("size"), py::kw_only(), arg("read_only") = false,
             R"(Lets other processes of this user map [offset, offset + size), counted from base_address; all of it must be allocated.

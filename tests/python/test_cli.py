@@ -27,9 +27,9 @@ from elastikv.cli import app  # noqa: E402
 from elastikv.cli.board import mib, size_text  # noqa: E402
 from elastikv.cli.screen import LiveScreen  # noqa: E402
 from elastikv.cli.sizes import parse_size  # noqa: E402
-from elastikv.demo import decode  # noqa: E402
 from elastikv.demo.roles import Role  # noqa: E402
 from elastikv.demo.run import Options, run_demo  # noqa: E402
+from elastikv.hf import Slots  # noqa: E402
 
 
 def invoke(*arguments: str):
@@ -103,17 +103,15 @@ def test_demo_prints_numbers_and_text(tiny_models, tmp_path):
 
 def test_demo_exits_1_when_a_token_differs(tiny_models, tmp_path, monkeypatch):
     """A cache that forgets a token is found out."""
-    honest = decode.next_token
+    honest = Slots.set_lengths
 
-    def forgetful(model, prompt, answer, cache):
-        if len(answer) == 3:
-            cache.crop(-1)
-        return honest(model, prompt, answer, cache)
+    def forgetful(slots, rows, lengths):
+        honest(slots, rows, [max(length - 1, 0) for length in lengths])
 
-    monkeypatch.setattr("elastikv.demo.scheduler.next_token", forgetful)
+    monkeypatch.setattr(Slots, "set_lengths", forgetful)
     result = invoke(*QUICK, "--out", tmp_path)
     assert result.exit_code == 1
-    assert "answers differ from DynamicCache's" in result.output and "ElasticCache gave" in result.output
+    assert "answers differ from DynamicCache's" in result.output and "the engine gave" in result.output
     assert json.loads((tmp_path / "summary.json").read_text())["differences"]
 
 

@@ -80,6 +80,52 @@ def test_an_unregistered_model_has_no_reserve(shared, model, page_size):
         model.set_quota(reserve=page_size)
 
 
+def test_what_is_kept_without_need_goes_before_anyone_is_pressed(shared, model, page_size):
+    """Whatever the priorities; one that raises, or returns no number, gave nothing."""
+    other = shared.register_model("other", 4096 * page_size)
+    kept = [elastikv.zeros((10 * page_size,), torch.uint8, model) for _ in range(5)]
+    asked: list[int] = []
+
+    def give(wanted: int) -> int:
+        asked.append(wanted)
+        freed = 0
+        while kept and freed < wanted:
+            freed += len(kept.pop())
+        return freed
+
+    pressed = model.on_pressure(lambda wanted, seconds: asked.append(-1))
+    handle = model.on_reclaim(give)
+    model.set_quota(priority=5)
+    tensor = elastikv.zeros((30 * page_size,), torch.uint8, other)
+    assert asked == [16 * page_size] and len(kept) == 3
+    handle.remove()
+    with pytest.raises(torch.OutOfMemoryError):
+        elastikv.zeros((30 * page_size,), torch.uint8, other)
+    assert asked == [16 * page_size] and len(kept) == 3
+    with pytest.raises(TypeError, match="callable"):
+        model.on_reclaim(3)
+    del tensor
+    pressed.remove()
+
+
+@pytest.mark.parametrize("answer", [None, "much", -1])
+def test_a_reclaim_callback_that_fails_gave_nothing(shared, model, page_size, answer, monkeypatch):
+    complaints: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", complaints.append)
+
+    def callback(wanted: int):
+        if answer is None:
+            raise ValueError("broken")
+        return answer
+
+    handle = model.on_reclaim(callback)
+    kept = elastikv.zeros((60 * page_size,), torch.uint8, model)
+    with pytest.raises(torch.OutOfMemoryError):
+        elastikv.zeros((10 * page_size,), torch.uint8, model)
+    assert complaints and kept.numel()
+    handle.remove()
+
+
 def test_threads_on_quotas(shared, model, page_size):
     other = shared.register_model("other", 4096 * page_size)
     errors: list[Exception] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import elastikv
-from elastikv.trace import DEFAULT_TRACE, TraceRequest, read_trace, scale_trace
+from elastikv.trace import DEFAULT_TRACE, Outcome, TraceRequest, model_of, read_trace, scale_trace, summary
 from elastikv.trace.generate import BURST_SECONDS, BURSTS, REQUESTS_PER_BURST, csv_lines, generate_trace
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -110,3 +110,24 @@ def test_the_trace_that_ships_comes_in_bursts():
     for request, (arrival, context, generated) in zip(requests, generate_trace()):
         assert request.arrival == pytest.approx(arrival, abs=1e-7)
         assert (request.context_tokens, request.generated_tokens) == (context, generated)
+
+
+def test_models_are_busy_in_turn():
+    models = [model_of(index, float(index), models=3, shift=10.0) for index in range(60)]
+    for phase in range(6):
+        own = models[10 * phase : 10 * phase + 10]
+        assert own.count(phase % 3) >= 8 and len(own) == 10
+    assert set(models[:20]) == {0, 1, 2}
+    assert {model_of(index, 5.0, models=1, shift=1.0) for index in range(12)} == {0}
+    for models, shift in ((0, 1.0), (3, 0.0), (3, float("nan"))):
+        with pytest.raises(elastikv.InvalidArgument, match="above 0"):
+            model_of(0, 0.0, models=models, shift=shift)
+
+
+def test_what_became_of_a_trace():
+    served = [Outcome(due=i / 10, first=i / 10 + 0.01 * i, end=10.0, tokens=5) for i in range(100)]
+    facts = summary([*served, Outcome(20.0, None, None, 0)])
+    assert (facts["requests"], facts["served"], facts["refused"], facts["waited"]) == (101, 100, 1, 0)
+    assert facts["first_token_p50"] == pytest.approx(0.5) and facts["first_token_p99"] == pytest.approx(0.99)
+    assert facts["tokens_per_second"] == pytest.approx(50.0)
+    assert summary([])["first_token_p99"] == 0.0 and summary([Outcome(0, 2.0, 3.0, 1)])["waited"] == 1

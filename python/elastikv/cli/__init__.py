@@ -7,6 +7,7 @@ import typer
 from elastikv.cli.demo import demo
 from elastikv.cli.doctor import doctor
 from elastikv.cli.look import list_pools, watch
+from elastikv.cli.serve import serve
 from elastikv.cli.steer import limit, reserve, trim
 from elastikv.cli.top import top
 
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(doctor)
+app.command()(serve)
 app.command()(top)
 app.command("list")(list_pools)
 app.command()(limit)

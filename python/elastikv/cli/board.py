@@ -59,8 +59,8 @@ def conclusion(result: Result) -> Iterator[str]:
             )
     if total["most_waiting"]:
         yield (
-            f"When the pool was full, requests waited: up to {total['most_waiting']} at once; {total['stalls']} tokens "
-            f"came a round later, and {total['restarts']} answers were begun anew."
+            f"When the pool was full, requests waited: up to {total['most_waiting']} at once; {total['pauses']} times "
+            f"one that ran made way with its pages kept, and {total['restarts']} times without."
         )
     yield (
         f"Loading {seconds['loading']:.0f} s, serving {seconds['serving']:.0f} s ({speed['elastic']} tokens/s), "
@@ -90,7 +90,7 @@ class Board:
 
     def token(self, job: Job) -> None:
         followed = self._followed[job.role]
-        if followed is None or followed.cache is None:
+        if followed is None or followed.done:
             self._followed[job.role] = job
 
     def finished(self, job: Job) -> None:

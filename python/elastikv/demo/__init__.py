@@ -3,10 +3,10 @@
     prompts     the built-in texts
     roles       loads the models: SmolLM2, a local checkpoint, or two small random ones
     workload    turns a trace into jobs, and says what memory they would need
-    decode      one greedy step of a model, with whatever cache
-    scheduler   serves the jobs, round by round, as memory permits
+    serve       serves the jobs with an engine for each model, as memory permits
     accounting  what other caches would hold; samples over time
-    check       every answer again with transformers' DynamicCache
+    reference   a greedy step of transformers by itself
+    check       every answer again with it, over a DynamicCache
     report      timeline as CSV, summary as JSON
     run         all of it, in order
 

@@ -60,7 +60,7 @@ class Sample:
 
 @dataclass
 class Service:
-    """A role at work: its handle on the pool, its row, its counts. Owned by the scheduler's thread."""
+    """A role at work: its handle on the pool, its row, its counts. Owned by the server's thread."""
 
     role: Role
     handle: elastikv.Model

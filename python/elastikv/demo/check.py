@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import DynamicCache
 
-from elastikv.demo.decode import next_token
+from elastikv.demo.reference import next_token
 from elastikv.demo.roles import Role
 from elastikv.demo.workload import Job
 
@@ -25,7 +25,7 @@ class Difference:
     def __str__(self) -> str:
         return (
             f"request {self.request} ({self.model}), token {self.position}: "
-            f"ElasticCache gave {self.elastic}, DynamicCache {self.dynamic}"
+            f"the engine gave {self.elastic}, DynamicCache {self.dynamic}"
         )
 
 

@@ -13,13 +13,14 @@ import torch
 import elastikv
 from elastikv.demo.accounting import Service, Timeline
 from elastikv.demo.check import Difference, check_answers
-from elastikv.demo.decode import threads_that_pay
+from elastikv.demo.reference import threads_that_pay
 from elastikv.demo.report import model_summary, write_summary, write_timeline
 from elastikv.demo.roles import Role, load_roles
-from elastikv.demo.scheduler import Scheduler, Watcher
+from elastikv.demo.serve import MAX_BATCH, Server, Watcher
 from elastikv.demo.workload import Demand, Job, choose_limit, demand, make_jobs, row_tokens
 from elastikv.errors import DeviceUnavailable, InvalidArgument
 from elastikv.plots import plot_memory
+from elastikv.serving.engine import Engine
 from elastikv.trace import DEFAULT_TRACE, read_trace, scale_trace
 
 UNIT = 1 << 24  # addresses are reserved in steps of 16 MiB
@@ -93,20 +94,20 @@ def run_demo(options: Options, screen: Screen) -> Result:
 
     with plan.pool, threads_that_pay(roles[0].model):
         loaded = time.monotonic()
-        scheduler = Scheduler(plan.jobs, plan.services, plan.pool, screen)
-        scheduler.run()
+        server = Server(plan.jobs, plan.services, plan.pool, screen)
+        server.run()
         served = time.monotonic()
         differences = check_answers(plan.jobs, roles, screen.checked)
         seconds = {"loading": loaded - begin, "serving": served - loaded, "checking": time.monotonic() - served}
         left = plan.pool.global_stats().physical_usage
-        summary = _summarise(plan, scheduler.timeline, differences, left, seconds)
+        summary = _summarise(plan, server.timeline, differences, left, seconds)
 
     picture = options.out / "elastikv-demo.png"
     names = [role.name for role in roles]
-    write_timeline(options.out / "timeline.csv", scheduler.timeline, names)
+    write_timeline(options.out / "timeline.csv", server.timeline, names)
     write_summary(options.out / "summary.json", summary)
-    plot_memory(picture, scheduler.timeline.samples, names, limit=plan.limit)
-    return Result(plan, scheduler.timeline, differences, left, summary, picture)
+    plot_memory(picture, server.timeline.samples, names, limit=plan.limit)
+    return Result(plan, server.timeline, differences, left, summary, picture)
 
 
 def _device(wanted: str) -> tuple[str, int]:
@@ -143,7 +144,9 @@ def _plan(options: Options, roles: Sequence[Role], device: str, granularity: int
     for index, role in enumerate(roles):
         count = sum(job.role == index for job in jobs)
         row = row_tokens(jobs, index)
-        addresses = (count + 1) * (row * role.token_bytes + 2 * granularity)
+        addresses = Engine.addresses(
+            role.model.config, role.dtype, max_batch=MAX_BATCH, max_tokens=row, prefix_entries=0
+        )
         handle = pool.register_model(role.name, virtual_capacity=-(-addresses // UNIT) * UNIT)
         services.append(Service(role, handle, row, jobs=count))
     return Plan(device, services, jobs, len(requests), cut, need, limit, pool)
@@ -170,7 +173,7 @@ def _summarise(
             "static_cache_peak": timeline.peak("static_cache"),
             "dynamic_cache_peak": timeline.peak("dynamic_cache"),
             "most_waiting": max(sample.waiting for sample in timeline.samples),
-            "stalls": sum(job.stalls for job in plan.jobs),
+            "pauses": sum(job.pauses for job in plan.jobs),
             "restarts": sum(job.restarts for job in plan.jobs),
             "physical_left": left,
         },

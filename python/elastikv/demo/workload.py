@@ -1,4 +1,4 @@
-"""From a trace to jobs: which model answers, when in the scheduler's rounds, and what memory it all would need."""
+"""From a trace to jobs: which model answers, when in the server's rounds, and what memory it all would need."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from dataclasses import dataclass, field
 
 from elastikv.demo.roles import Role
 from elastikv.errors import InvalidArgument
-from elastikv.hf import ElasticCache
-from elastikv.trace import TraceRequest
+from elastikv.trace import TraceRequest, model_of
 
-#: Rounds of the scheduler to a second of the trace. A round gives every running job one token.
+#: Rounds of the server to a second of the trace. A round gives every running job one token.
 ROUNDS_PER_SECOND = 5.0
-#: One request in so many goes to the model that is quiet just now.
-CROSSING = 6
 
 
 @dataclass
 class Job:
-    """One request on its way. The scheduler owns it and is the only one to change it."""
+    """One request on its way. The server owns it and is the only one to change it."""
 
     index: int
     role: int
@@ -26,19 +23,9 @@ class Job:
     prompt: list[int]
     wanted: int  # tokens of the answer, at most
     answer: list[int] = field(default_factory=list)
-    cache: ElasticCache | None = None
-    stalls: int = 0  # rounds without a token for want of memory
-    restarts: int = 0
-
-    @property
-    def cached_tokens(self) -> int:
-        return self.cache.get_seq_length() if self.cache is not None else 0
-
-
-def role_of(index: int, arrival: float, shift: float) -> int:
-    """The models take turns in being busy: for shift seconds most requests go to one, then to the other."""
-    busy = int(arrival / shift) % 2
-    return 1 - busy if index % CROSSING == CROSSING - 1 else busy
+    done: bool = False
+    pauses: int = 0  # times that it made way for want of memory, with its pages kept,
+    restarts: int = 0  # and with its pages given back
 
 
 def make_jobs(requests: Sequence[TraceRequest], roles: Sequence[Role], *, shift: float) -> tuple[list[Job], int]:
@@ -50,7 +37,7 @@ def make_jobs(requests: Sequence[TraceRequest], roles: Sequence[Role], *, shift:
         raise InvalidArgument(f"the models take turns every {shift} seconds: that must be above 0")
     jobs, cut = [], 0
     for index, request in enumerate(requests):
-        role = role_of(index, request.arrival, shift)
+        role = model_of(index, request.arrival, models=len(roles), shift=shift)
         most = getattr(roles[role].model.config.get_text_config(), "max_position_embeddings", None) or 2048
         wanted = min(request.generated_tokens, most // 2)
         context = min(request.context_tokens, most - wanted)

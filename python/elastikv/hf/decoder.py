@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +42,9 @@ class Decoder:
     model: a causal LM with attention 'elastikv', or such a one compiled. rows: those that step together, always in
     this order; `Slots.idle_row` for places that `put` fills later. capacity: the most new tokens of a row. lean: fewer
     kernels for norms and rotary embeddings (`Lean`), by default on CUDA. The slots must have their addresses
-    (`Slots.allocate`).
+    (`Slots.allocate`). choose: what picks the next tokens instead of the sampling, by row: called with logits
+    ``[row, vocabulary]``, the tokens ``[row, 1]`` that went in and their positions ``[row]``, it returns tokens
+    ``[row]``; it is captured with the step, so it works on the device alone, and a second time changes nothing.
 
     Not thread-safe. Everything runs on torch's current stream.
     """
@@ -56,6 +58,7 @@ class Decoder:
         sampling: Sampling | None = None,
         capacity: int,
         lean: bool | None = None,
+        choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         compiled = hasattr(model, "_orig_mod")
         require_attention(model._orig_mod if compiled else model)
@@ -74,6 +77,7 @@ class Decoder:
         count, device = len(self.rows), slots.device
         self._on_gpu = self._graphed = device.type == "cuda"
         self._sampler = Sampler(self.sampling, device)
+        self._choose = choose
         lean = self._on_gpu if lean is None else lean
         self._lean: Any = Lean(model) if lean and not compiled else contextlib.nullcontext()  # a compiler fuses more
         self._step = DecodeStep(slots, self.rows, max_key=SMALLEST_CLASS)
@@ -259,7 +263,8 @@ class Decoder:
             logits = run_step(self.model, self._step, self.tokens, positions)[:, -1]
         grown = self._step.lengths + ~self.ended  # the token that went in is stored now
         self.slots.advance_on_device(self._step.device_rows, grown)
-        self._take(self._sampler(logits))
+        choose = self._choose
+        self._take(self._sampler(logits) if choose is None else choose(logits, self.tokens, self._step.lengths))
 
     def _take(self, chosen: torch.Tensor) -> None:
         """The next tokens, ``[row]``: into the history, unless the row had ended."""

@@ -38,6 +38,8 @@ class Slots:
     have ended. And there is one row more, `idle_row`, for places in a step that no sequence takes; it stays empty.
 
     ranks: of a parallel group, which all make the same calls on slots like these: their rows have the same memory.
+    largest_extent: bytes of memory that come in one piece at most, 0 for any; rows that are to be forked share whole
+    pieces only.
 
     Memory errors leave everything as it was. Not thread-safe.
     """
@@ -51,6 +53,7 @@ class Slots:
         max_tokens: int,
         dtype: torch.dtype | None = None,
         ranks: Ranks | None = None,
+        largest_extent: int = 0,
     ) -> None:
         if rows < 1 or max_tokens < 1:
             raise InvalidArgument(f"slots need at least one row and one token, not {rows} and {max_tokens}")
@@ -62,6 +65,7 @@ class Slots:
         self.dtype = dtype
         self.ranks = ranks
         self.tensor: elastikv.SlotTensor | RankedSlots | None = None
+        self.largest_extent = largest_extent
         self.shapes: tuple[LayerShape, ...] = ()
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
@@ -77,7 +81,12 @@ class Slots:
         # Not inference tensors, so that both worlds may write to them.
         with torch.inference_mode(False):
             tensor = elastikv.SlotTensor(
-                self.model, self.rows + 1, self.max_tokens + 1, sum(shape.elements for shape in shapes), dtype
+                self.model,
+                self.rows + 1,
+                self.max_tokens + 1,
+                sum(shape.elements for shape in shapes),
+                dtype,
+                largest_extent=self.largest_extent,
             )
             offset = 0
             keys, values = [], []
@@ -127,7 +136,23 @@ class Slots:
         self.crop([row], [0])
         heapq.heappush(self._free, row)
 
+    def fork(self, row: int, source: int, tokens: int) -> None:
+        """The row, which is empty, begins with the first tokens of another, whose memory it shares as far as it can.
+
+        Raises OutOfPhysicalMemory.
+        """
+        self._memory.fork(row, source, tokens)
+        self.set_lengths([row], [tokens])
+
     # ---- lengths and memory
+
+    def claim(self, row: int, tokens: int) -> None:
+        """Memory for so many tokens in all, and no more than pages need. Raises OutOfPhysicalMemory."""
+        self._memory.grow([row], [tokens], exact=True)
+
+    def trim_idle_row(self) -> None:
+        """Gives back what the idle row got from steps that it took part in. It has no tokens."""
+        self._memory.shrink([self.idle_row], [0])
 
     def reserve(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Memory for tokens[i] more tokens in rows[i]; all rows or none.

@@ -1,4 +1,4 @@
-"""One greedy step. The demo and its check both decode through here, so that only the cache differs."""
+"""A greedy step of transformers by itself, which the answers are checked against."""
 
 from __future__ import annotations
 

@@ -1,0 +1,254 @@
+"""The HTTP server: OpenAI's completions for stock clients, errors that say what is wrong, and the ledger beneath."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import elastikv
+
+pytest.importorskip("transformers")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+httpx = pytest.importorskip("httpx")
+
+from elastikv.server.app import Served, make_app  # noqa: E402
+from elastikv.server.models import load_model  # noqa: E402
+from elastikv.server.text import Stream, Texts  # noqa: E402
+from elastikv.serving import Engine, Runner  # noqa: E402
+from serving_tools import expected  # noqa: E402
+
+PAGE = 4096
+
+
+class Letters:
+    """A tokenizer whose tokens are UTF-8 bytes."""
+
+    def decode(self, tokens, skip_special_tokens):
+        return bytes(tokens).decode(errors="replace")
+
+    def __call__(self, text):
+        return {"input_ids": list(text.encode())}
+
+
+def test_text_comes_in_whole_characters_and_without_its_stop():
+    text = "grün und blau, dann STOP und mehr"
+    stream = Stream(Texts(Letters(), 256), ["STOP"])
+    pieces = [stream.add(token) for token in text.encode()]
+    assert stream.stopped and "".join(pieces) == stream.text == "grün und blau, dann "
+    assert "\ufffd" not in "".join(pieces) and pieces[2:4] == ["", "ü"]
+    stream = Stream(Texts(Letters(), 256), ["STOP"])
+    pieces = [stream.add(token) for token in b"no STO"]
+    assert "".join(pieces) == "no " and stream.end() == "STO" and stream.text == "no STO"
+    stream = Stream(Texts(Letters(), 256), [])
+    assert [stream.add(token) for token in "ü".encode()[:1]] == [""] and stream.end() == "\ufffd"
+
+
+@pytest.fixture
+def network(one_thread):
+    return load_model("random:tiny", device="cpu", dtype=torch.float32)[0]
+
+
+@pytest.fixture
+def served(network):
+    with elastikv.SharedMemoryPool(2048 * PAGE, "cpu") as pool:
+        handle = pool.register_model("tiny", 1 << 40)
+        engine = Engine(network, handle, max_batch=4, max_tokens=512)
+        with Runner(engine) as runner:
+            served = Served(engine, runner, Texts(None, 512), [])
+            served.app = make_app(served, pool)
+            yield served
+        engine.close()
+
+
+def run(served, work):
+    """work(client) within one event loop."""
+    import asyncio
+
+    async def main():
+        transport = httpx.ASGITransport(app=served.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await work(client)
+
+    return asyncio.run(main())
+
+
+def test_a_completion_is_the_models_own(served, network):
+    prompt = [5, 6, 7, 8]
+
+    async def ask(client):
+        return await client.post(
+            "/v1/completions", json={"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0}
+        )
+
+    answer = run(served, ask).json()
+    right = expected(network, prompt, 12)
+    assert answer["object"] == "text_completion" and answer["model"] == "tiny"
+    assert answer["choices"] == [
+        {"index": 0, "text": Texts(None, 512).decode(right), "logprobs": None, "finish_reason": "length"}
+    ]
+    assert answer["usage"]["completion_tokens"] == 12 and answer["usage"]["total_tokens"] == 16
+
+
+def test_a_stream_brings_an_event_a_token(served, network):
+    async def ask(client):
+        body = {"prompt": "hello", "max_tokens": 9, "temperature": 0, "stream": True,
+                "stream_options": {"include_usage": True}}  # fmt: skip
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            return [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+
+    events = run(served, ask)
+    assert events[-1] == "[DONE]"
+    pieces = [json.loads(event) for event in events[:-1]]
+    assert len([piece for piece in pieces if piece["choices"]]) >= 10
+    text = "".join(piece["choices"][0]["text"] for piece in pieces if piece["choices"])
+    assert text == Texts(None, 512).decode(expected(network, Texts(None, 512).encode("hello"), 9))
+    assert pieces[-2]["choices"][0]["finish_reason"] == "length" and pieces[-1]["usage"]["completion_tokens"] == 9
+
+
+def test_stop_seed_and_timeout(served):
+    async def ask(client):
+        sampled = {"prompt": "abc", "max_tokens": 30, "seed": 4, "temperature": 1.0, "top_p": 0.9}
+        answers = [(await client.post("/v1/completions", json=sampled)).json() for _ in range(2)]
+        text = answers[0]["choices"][0]["text"]
+        assert text == answers[1]["choices"][0]["text"]
+        stopped = (await client.post("/v1/completions", json={**sampled, "stop": [text[10:12]]})).json()
+        assert stopped["choices"][0]["finish_reason"] == "stop"
+        assert text.startswith(stopped["choices"][0]["text"]) and text[10:12] not in stopped["choices"][0]["text"]
+        late = (await client.post("/v1/completions", json={**sampled, "timeout": 0})).json()
+        assert late["choices"][0]["text"] == "" and late["usage"]["completion_tokens"] == 0
+
+    run(served, ask)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "complaint"),
+    [
+        ("no json", 400, "no JSON"),
+        ([1], 400, "JSON object"),
+        ({"prompt": [1], "model": "other"}, 404, "there is no model 'other' here"),
+        ({}, 400, "prompt must be"),
+        ({"prompt": ["a", "b"]}, 400, "prompt must be"),
+        ({"prompt": []}, 400, "a prompt of 0 tokens"),
+        ({"prompt": [1], "n": 2}, 400, "n=2 is not supported"),
+        ({"prompt": [1], "max_tokens": "many"}, 400, "max_tokens must be an integer"),
+        ({"prompt": [1], "max_tokens": 600}, 400, "do not fit an engine of max_tokens=512"),
+        ({"prompt": [1], "temperature": -1}, 400, "temperature must be 0"),
+        ({"prompt": [1], "top_p": 7}, 400, "top_p must be"),
+        ({"prompt": [1], "stop": 3}, 400, "stop must be"),
+        ({"prompt": [9999]}, 400, "token 9999"),
+        ({"prompt": [-1]}, 400, "token -1"),
+    ],
+)
+def test_what_is_wrong_with_a_request(served, body, status, complaint):
+    async def ask(client):
+        content = body if isinstance(body, str) else json.dumps(body)
+        return await client.post("/v1/completions", content=content)
+
+    answer = run(served, ask)
+    assert answer.status_code == status and complaint in answer.json()["error"]["message"]
+    assert served.engine.idle
+
+
+def test_models_health_and_metrics(served):
+    async def ask(client):
+        await client.post("/v1/completions", json={"prompt": [5] * 40, "max_tokens": 4})
+        await client.post("/v1/completions", json={"prompt": [5] * 40, "max_tokens": 4})
+        return [await client.get(path) for path in ("/v1/models", "/health", "/metrics")]
+
+    models, health, metrics = run(served, ask)
+    assert [one["id"] for one in models.json()["data"]] == ["tiny"]
+    assert health.status_code == 200 and health.json() == {"alive": True, "running": 0, "waiting": 0}
+    for line in (
+        'elastikv_engine_requests_total{model="tiny"} 2.0',
+        'elastikv_engine_prefix_hits_total{model="tiny"} 1.0',
+        'elastikv_engine_finished_total{how="length",model="tiny"} 2.0',
+    ):
+        assert line in metrics.text
+    assert re.search(r'elastikv_pool_physical_limit_bytes{device="cpu",pool="pool"}', metrics.text)
+    served.runner.stop()
+
+    async def dead(client):
+        return await client.get("/health")
+
+    assert run(served, dead).status_code == 503
+
+
+# ---- processes that share a ledger
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_two_servers_in_processes_share_one_ledger(network):
+    """Each answers a stock client with its own model's tokens; the ledger knows both, and in the end none."""
+    pool = f"test-server-{os.getpid()}"
+    ports = {name: free_port() for name in ("left", "right")}
+    servers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "elastikv.cli", "serve", "random:tiny", "--name", name, "--pool", pool,
+             "--limit", "4MiB", "--device", "cpu", "--dtype", "float32", "--max-tokens", "512", "--port", str(port)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for name, port in ports.items()
+    ]  # fmt: skip
+    try:
+        with httpx.Client(timeout=60) as client:
+            for server, port in zip(servers, ports.values()):
+                while True:  # until it listens
+                    assert server.poll() is None
+                    try:
+                        assert client.get(f"http://127.0.0.1:{port}/health").status_code == 200
+                        break
+                    except httpx.TransportError:
+                        time.sleep(0.1)
+            ledger = elastikv.Ledger(pool)
+            assert sorted(one.model for one in ledger.clients()) == ["left", "right"]
+            assert ledger.stats().processes == 2 and ledger.stats().physical_limit == 4 << 20
+            for turn in range(3):
+                for name, port in ports.items():
+                    prompt = [7 + turn, *range(3, 40)]
+                    body = {"model": name, "prompt": prompt, "max_tokens": 8, "temperature": 0}
+                    answer = client.post(f"http://127.0.0.1:{port}/v1/completions", json=body).json()
+                    assert answer["choices"][0]["text"] == Texts(None, 512).decode(expected(network, prompt, 8))
+            # Prefixes are kept, within the limit, and given up when somebody asks.
+            held = {one.model: one.charged for one in ledger.clients()}
+            assert all(held.values()) and sum(held.values()) == ledger.stats().charged <= 4 << 20
+            ledger.trim()
+            assert sum(one.used for one in ledger.clients()) == 0
+    finally:
+        for server in servers:
+            server.send_signal(signal.SIGTERM)
+        codes = [server.wait(30) for server in servers]
+    assert all(code in (0, -signal.SIGTERM) for code in codes)
+    assert pool not in elastikv.ledgers()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("random:giant", "--limit", "1MiB", "--device", "cpu"), "there is no random model 'giant'"),
+        (("random:tiny", "--limit", "lots"), "not a size"),
+        (("random:tiny", "--limit", "1MiB", "--device", "cpu", "--quota", "1GiB"), "above the physical limit"),
+    ],
+)
+def test_settings_that_can_not_be(arguments, complaint):
+    from typer.testing import CliRunner
+
+    from elastikv.cli import app
+
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == 2 and complaint in result.output
