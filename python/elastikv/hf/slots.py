@@ -70,9 +70,8 @@ class Slots:
         """Reserves the addresses, once shapes and dtype are known. Nothing is resident yet."""
         # Not inference tensors, so that both worlds may write to them.
         with torch.inference_mode(False):
-            tensor = elastikv.SlotTensor(
-                self.model, self.rows + 1, self.max_tokens + 1, sum(shape.elements for shape in shapes), dtype
-            )
+            elements = sum(shape.elements for shape in shapes)
+            tensor = elastikv.SlotTensor(self.model, self.rows + 1, self.max_tokens + 1, elements, dtype, tag="kv")
             offset = 0
             keys, values = [], []
             for shape in shapes:
