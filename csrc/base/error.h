@@ -95,6 +95,12 @@ class ModelAlreadyExists : public VmmError {
     explicit ModelAlreadyExists(const std::string& id);
 };
 
+// Used while its memory is paused.
+class ModelPaused : public VmmError {
+  public:
+    using VmmError::VmmError;
+};
+
 // A wait for memory that was called off.
 class WaitCancelled : public VmmError {
   public:

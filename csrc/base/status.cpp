@@ -23,6 +23,10 @@ const char* name_of(DriverCall call) noexcept {
         case DriverCall::export_fd: return "export_fd";
         case DriverCall::import_fd: return "import_fd";
         case DriverCall::allow_peer: return "allow_peer";
+        case DriverCall::create_on_host: return "create_on_host";
+        case DriverCall::pin: return "pin";
+        case DriverCall::unpin: return "unpin";
+        case DriverCall::transfer: return "transfer";
     }
     return "unknown call";
 }

@@ -39,8 +39,12 @@ enum class DriverCall : std::uint8_t {
     export_fd,
     import_fd,
     allow_peer,
+    create_on_host,
+    pin,
+    unpin,
+    transfer,
 };
-inline constexpr int driver_call_kinds = 19;
+inline constexpr int driver_call_kinds = 23;
 
 const char* name_of(DriverCall call) noexcept;
 const char* name_of(StatusCode code) noexcept;

@@ -32,12 +32,13 @@ class Blocks {
 
 std::shared_ptr<Blocks> make_blocks(const ModelPtr& model, const py::object& num_blocks,
                                     const std::vector<std::int64_t>& block_shape, const py::object& layers,
-                                    const py::object& dtype, const py::object& extent_bytes) {
+                                    const py::object& dtype, const py::object& extent_bytes, const std::string& tag) {
     torch::BlockShape shape;
     shape.blocks = to_bytes(num_blocks, "num_blocks", "InvalidArgument");
     shape.layers = to_bytes(layers, "layers", "InvalidArgument");
     shape.shape = block_shape;
     shape.dtype = to_dtype(dtype);
+    shape.tag = tag;
     if (!extent_bytes.is_none()) shape.extent = to_bytes(extent_bytes, "extent_bytes");
     std::optional<torch::BlockTensors> made;
     {
@@ -164,12 +165,14 @@ block_shape: of one layer's part of a block, such as (2, block_size, heads, head
 layers: their parts lie side by side in a block, so one extent serves all layers of its tokens.
 extent_bytes: how much memory comes and goes at once, rounded to whole blocks and whole pages; None: 1/64 of all blocks,
 at most 16 MiB. Smaller extents follow the load more closely, larger ones take fewer driver calls.
+tag: names it, and others of its kind, to Model.pause and the like. While it is paused, allocate, free and touch raise
+ModelPaused.
 
 An extent is mapped when its first block is allocated, and given back when its last one is freed and the work enqueued
 before has finished. Memory is charged to the model. Thread-safe. A context manager: leaving it closes the pool.
 Raises InvalidArgument, InvalidSize, OutOfVirtualMemory, ModelNotFound.)")
         .def(py::init(&make_blocks), arg("model"), arg("num_blocks"), arg("block_shape"), arg("layers"), arg("dtype"),
-             py::kw_only(), arg("extent_bytes") = none)
+             py::kw_only(), arg("extent_bytes") = none, arg("tag") = "")
         .def("allocate", &allocate, arg("n"), py::kw_only(), arg("stream") = none,
              R"(The ids of n free blocks, as an int64 tensor on the CPU; each has one reference. All or none.
 

@@ -50,6 +50,8 @@ void bind_errors(py::module_&) {
             raise("ModelNotFound", e);
         } catch (const ModelAlreadyExists& e) {
             raise("ModelAlreadyExists", e);
+        } catch (const ModelPaused& e) {
+            raise("ModelPaused", e);
         } catch (const WaitCancelled& e) {
             raise("WaitCancelled", e);
         } catch (const LedgerError& e) {

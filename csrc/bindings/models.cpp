@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "bindings/bindings.h"
+#include "bindings/waiting.h"
 #include "shared/range_export.h"
 
 namespace elastikv::bindings {
@@ -102,6 +103,40 @@ std::unique_ptr<RangeExport> export_range(const ModelPtr& model, const py::objec
     return std::make_unique<RangeExport>(model, begin, bytes, read_only);
 }
 
+std::vector<std::string> to_tags(const std::optional<std::vector<std::string>>& tags) {
+    if (tags && tags->empty()) throw InvalidArgument("tags must not be empty; None is for all of the model");
+    return tags.value_or(std::vector<std::string>());
+}
+
+Bytes pause(Model& model, const std::string& backup, const std::optional<std::vector<std::string>>& tags) {
+    if (backup != "host" && backup != "none") {
+        throw InvalidArgument("backup must be 'host' or 'none', not '" + backup + "'");
+    }
+    const std::vector<std::string> chosen = to_tags(tags);
+    const py::gil_scoped_release release;
+    return model.pause(backup == "host" ? Keep::on_host : Keep::nothing, chosen);
+}
+
+Bytes resume(Model& model, const std::optional<std::vector<std::string>>& tags, const py::object& timeout,
+             const std::shared_ptr<Cancellation>& cancel) {
+    const std::vector<std::string> chosen = to_tags(tags);
+    const Waiting waiting(timeout, cancel);
+    return waiting.run([&] { return model.resume(chosen, waiting.options()); });
+}
+
+Bytes spill(Model& model, const py::object& bytes, const std::optional<std::vector<std::string>>& tags) {
+    const Bytes wanted = bytes.is_none() ? ~Bytes{0} : to_bytes(bytes, "bytes");
+    const std::vector<std::string> chosen = to_tags(tags);
+    const py::gil_scoped_release release;
+    return model.spill(wanted, chosen);
+}
+
+Bytes unspill(Model& model, const std::optional<std::vector<std::string>>& tags) {
+    const std::vector<std::string> chosen = to_tags(tags);
+    const py::gil_scoped_release release;
+    return model.unspill(chosen);
+}
+
 }  // namespace
 
 void bind_models(py::module_& module) {
@@ -164,6 +199,39 @@ sys.unraisablehook. Returns a ReclaimHandle, to be kept.)")
 Returns a RangeExport, whose handle is for elastikv.import_ there while it lives. The extents are shared whole. compact()
 leaves them in place. What was imported stays readable there after this process has freed it.
 Raises InvalidSize, InvalidOffset, NotMapped, CudaError, HandoffFailed.)")
+        .def(
+            "pause", &pause, arg("backup") = "host", py::kw_only(), arg("tags") = none,
+            R"(Gives all of the model's memory back, and keeps its addresses and captured graphs; resume() brings it back.
+
+backup: "host" copies what is live to pinned host memory first; "none" forgets it. tags: only what was made with one of
+these; what torch allocated under model.use() has "use". Pausing again what sleeps does nothing. While it sleeps, touching
+its tensors is a fault, and what wants memory there raises ModelPaused; dropping tensors is fine. What is spilled stays.
+
+Waits for all of the device's work. From the call on, and until resume() has returned, no work may be enqueued on the
+memory. Pinning takes 0.4 s a GiB the first time, and what is pinned stays for the next: SharedMemoryPool.keep_pinned.
+All or nothing. Returns the physical bytes given back. Raises InvalidArgument (a tag that nothing has; memory that was
+exported, or released in a capture or under a gate), CudaError.)")
+        .def("resume", &resume, py::kw_only(), arg("tags") = none, arg("timeout") = none, arg("cancel") = py::none(),
+             R"(Makes what was paused again, beneath the same addresses and with its content, as far as that was kept.
+
+It is charged first: room is made as for any request, and with a timeout in seconds it waits in line. What slots shared
+they share again. Without a backup memory reads as zeros, or as what this model wrote. All or nothing: a backup lives until
+everything is in place. Device work that is enqueued afterwards finds the content there. Returns the physical bytes made, 0
+where nothing sleeps. Raises OutOfPhysicalMemory, WaitCancelled, InvalidArgument, MappingFailed, CudaError.)")
+        .def("spill", &spill, arg("bytes") = none, py::kw_only(), arg("tags") = none,
+             R"(Moves memory in use to the host, beneath the same addresses, until `bytes` are moved; None: all of it.
+
+The device reads and writes it there at the speed of the bus, and it is no longer charged; unspill() brings it back. Lower
+addresses go first: to choose, use tags, elastikv.spill(tensor) or SlotTensor.spill(rows). What is shared or exported stays.
+Waits for the device; no work may be enqueued on the memory until it returns. Each extent moves as a whole or not at all.
+Returns the bytes moved. Raises ModelPaused, InvalidArgument, DeviceUnavailable where the device can't map host memory,
+CudaError.)")
+        .def(
+            "unspill", &unspill, py::kw_only(), arg("tags") = none,
+            R"(Moves what is spilled back to the device, charged. The same promise as for spill(). Returns the bytes moved.
+
+Raises ModelPaused, OutOfPhysicalMemory (what was moved until then stays), InvalidArgument, CudaError.)")
+        .def_property_readonly("paused", py::cpp_function(&Model::paused, NoGil()), "Whether anything of it sleeps.")
         .def("quota", &Model::quota, NoGil(), "A Quota: what the model is promised, and how it fares.")
         .def(
             "trim", [](Model& self) { return self.pool().trim(); }, NoGil())

@@ -18,13 +18,13 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 
 std::shared_ptr<SlotTensor> make_slots(const ModelPtr& model, std::int64_t rows, std::int64_t max_tokens,
                                        std::int64_t token_elements, const py::object& dtype,
-                                       const py::object& largest_extent) {
+                                       const py::object& largest_extent, const std::string& tag) {
     const at::ScalarType type = to_dtype(dtype);
     const Bytes largest = to_bytes(largest_extent, "largest_extent");
     torch::SlotStorage made;
     {
         const py::gil_scoped_release release;
-        made = torch::make_slot_storage(model, rows, max_tokens, token_elements, type, largest);
+        made = torch::make_slot_storage(model, rows, max_tokens, token_elements, type, largest, tag);
     }
     guard_gaps(made.storage);
     return std::make_shared<SlotTensor>(std::move(made));
@@ -59,10 +59,11 @@ largest_extent: bytes that memory comes in at most, rounded up to pages; 0: any.
 copied otherwise, so rows that are to be forked want 16 to 64 MiB.
 
 A token is token_elements elements of dtype; one row's tokens lie side by side. A row starts on a page and on a whole
-token. Nothing is resident at first. The memory is charged to the model, and freed when this and the last view are gone.
+token. Nothing is resident at first. tag: names them, and others of their kind, to Model.pause and the like; while they are
+paused, what changes their memory raises ModelPaused. The memory is charged to the model, and freed when this and the last view are gone.
 Thread-safe, but for window. Raises InvalidArgument, OutOfVirtualMemory, ModelNotFound.)")
         .def(py::init(&make_slots), arg("model"), arg("rows"), arg("max_tokens"), arg("token_elements"), arg("dtype"),
-             py::kw_only(), arg("largest_extent") = 0)
+             py::kw_only(), arg("largest_extent") = 0, arg("tag") = "")
         .def("window", &window, arg("offset"), arg("shape"),
              R"([rows * pitch, *shape]: of every token the elements from `offset` on.
 
@@ -90,6 +91,13 @@ Raises InvalidArgument, OutOfPhysicalMemory, MappingFailed, CudaError, ModelNotF
 
 Waits for work on the current stream and on recorded ones; costs nothing where nothing is shared.
 Raises InvalidArgument, OutOfPhysicalMemory, CudaError.)")
+        .def("spill", &SlotTensor::spill, arg("rows"), NoGil(),
+             R"(Moves the memory of these rows to the host, beneath the same addresses, and returns the bytes moved.
+
+The device reads and writes it there at the speed of the bus, and it is no longer charged. What rows share stays. Waits for
+the device; no work may be enqueued on the rows until it returns. See Model.spill.)")
+        .def("unspill", &SlotTensor::unspill, arg("rows"), NoGil(),
+             "Moves what is spilled of these rows back to the device, charged; see Model.unspill.")
         .def("resident", &SlotTensor::resident, arg("row"), NoGil(), "Tokens that the row has memory for.")
         .def(
             "record_stream",

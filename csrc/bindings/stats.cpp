@@ -53,8 +53,8 @@ void bind_stats(py::module_& module) {
 
     py::class_<MemoryStats>(
         module, "MemoryStats",
-        "A pool's state at one moment, in bytes. physical_usage + aliased = used + retiring + parked + "
-        "stranded.")
+        "A pool's state at one moment, in bytes. physical_usage + aliased + spilled = used + retiring + "
+        "parked + stranded.")
         .def_readonly("virtual_capacity", &MemoryStats::virtual_capacity)
         .def_readonly("physical_usage", &MemoryStats::physical_usage)
         .def_readonly("mapped_pages", &MemoryStats::mapped_pages)
@@ -66,6 +66,9 @@ void bind_stats(py::module_& module) {
         .def_readonly("parked", &MemoryStats::parked)
         .def_readonly("stranded", &MemoryStats::stranded)
         .def_readonly("aliased", &MemoryStats::aliased)
+        .def_readonly("spilled", &MemoryStats::spilled)
+        .def_readonly("paused", &MemoryStats::paused)
+        .def_readonly("backup", &MemoryStats::backup)
         .def_readonly("extents", &MemoryStats::extents)
         .def_readonly("peak_physical", &MemoryStats::peak_physical)
         .def_readonly("peak_used", &MemoryStats::peak_used)
@@ -100,6 +103,10 @@ void bind_stats(py::module_& module) {
         .def_readonly("available", &GlobalMemoryStats::available)
         .def_readonly("parked", &GlobalMemoryStats::parked)
         .def_readonly("retiring", &GlobalMemoryStats::retiring)
+        .def_readonly("spilled", &GlobalMemoryStats::spilled)
+        .def_readonly("paused", &GlobalMemoryStats::paused)
+        .def_readonly("backup", &GlobalMemoryStats::backup)
+        .def_readonly("pinned", &GlobalMemoryStats::pinned)
         .def_readonly("peak_physical", &GlobalMemoryStats::peak_physical)
         .def_readonly("reserved", &GlobalMemoryStats::reserved)
         .def_readonly("committed", &GlobalMemoryStats::committed)

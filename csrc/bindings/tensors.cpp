@@ -75,13 +75,13 @@ torch::ElasticBlock& to_block(const at::Tensor& tensor) {
 
 py::object empty(const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& max_shape,
                  const py::object& dtype, const ModelPtr& model, const py::object& device,
-                 std::optional<std::int64_t> dim, bool scrub) {
+                 std::optional<std::int64_t> dim, bool scrub, const std::string& tag) {
     const at::ScalarType type = to_dtype(dtype);
     check_device(device, *model);
     torch::ElasticStorage made;
     {
         const py::gil_scoped_release release;
-        made = torch::make_storage(model, {shape, max_shape, dim}, type, scrub);
+        made = torch::make_storage(model, {shape, max_shape, dim, tag}, type, scrub);
     }
     if (made.has_gaps) guard_gaps(made.storage);
     at::Tensor tensor = torch::tensor_over(made);
@@ -89,12 +89,13 @@ py::object empty(const std::vector<std::int64_t>& shape, const std::vector<std::
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor)));
 }
 
-py::object zeros(const std::vector<std::int64_t>& shape, const py::object& dtype, const ModelPtr& model) {
+py::object zeros(const std::vector<std::int64_t>& shape, const py::object& dtype, const ModelPtr& model,
+                 const std::string& tag) {
     const at::ScalarType type = to_dtype(dtype);
     at::Tensor tensor;
     {
         const py::gil_scoped_release release;
-        tensor = torch::zeros(model, shape, type);
+        tensor = torch::zeros(model, shape, type, tag);
     }
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor)));
 }
@@ -141,6 +142,20 @@ void prefetch(const py::object& object, const py::object& to) {
     }
     const py::gil_scoped_release release;
     block.prefetch(static_cast<std::uint64_t>(length));
+}
+
+Bytes spill(const py::object& object) {
+    const at::Tensor tensor = to_tensor(object);
+    torch::ElasticBlock& block = to_block(tensor);
+    const py::gil_scoped_release release;
+    return block.spill();
+}
+
+Bytes unspill(const py::object& object) {
+    const at::Tensor tensor = to_tensor(object);
+    torch::ElasticBlock& block = to_block(tensor);
+    const py::gil_scoped_release release;
+    return block.unspill();
 }
 
 void record_stream(const py::object& object, const py::object& stream) {
@@ -196,19 +211,20 @@ Raises InvalidArgument where the range does not hold whole elements.)");
 Raises InvalidArgument (not such a handle), HandoffFailed (its process is gone, or has taken it back), OutOfVirtualMemory,
 CudaError, MappingFailed, DeviceUnavailable.)");
     module.def(
-        "zeros", &zeros, arg("shape"), arg("dtype"), arg("model"),
+        "zeros", &zeros, arg("shape"), arg("dtype"), arg("model"), py::kw_only(), arg("tag") = "",
         R"(A contiguous tensor of fixed size on the model's memory: zero, charged to the model, freed with its last view.
 
 Raises InvalidArgument, OutOfVirtualMemory, ModelNotFound, torch.OutOfMemoryError.)");
     module.def("empty", &empty, arg("shape"), arg("max_shape"), arg("dtype"), arg("model"), py::kw_only(),
-               arg("device") = py::none(), arg("dim") = py::none(), arg("scrub") = true,
+               arg("device") = py::none(), arg("dim") = py::none(), arg("scrub") = true, arg("tag") = "",
                R"(A tensor whose addresses are reserved for max_shape while only `shape` is resident.
 
 The shapes may differ in one dimension, the one that grows; `dim` names it where they don't (default: the first). Strides
 are those of max_shape; where dimensions come before the growing one, each of their indices starts on a page of its own.
 dtype: a torch.dtype of plain elements. model: a Model, which the memory is charged to; `device`, if given, is checked
 against the model's. With scrub, bytes that become resident read as zeros; without, they may hold what this model wrote
-there before, never what another did. The memory is freed when the last view dies.
+there before, never what another did. tag: names it, and others of its kind, to Model.pause and the like. The memory is
+freed when the last view dies.
 
 A tensor of length 0 has data_ptr() 0, as any empty tensor; untyped_storage().data_ptr() is its address from the start.
 Raises InvalidArgument, OutOfVirtualMemory, OutOfPhysicalMemory, ModelNotFound.)");
@@ -238,6 +254,13 @@ end of the object, gives it back. All or nothing. Raises what grow_ does.)")
     module.def(
         "prefetch", &prefetch, arg("tensor"), arg("length"),
         "Maps memory up to `length` in the background; the tensor keeps its length. Dropped when memory is short.");
+    module.def("spill", &spill, arg("tensor"),
+               R"(Moves the memory of a tensor made by empty() or zeros() to the host, beneath the same addresses.
+
+The device reads and writes it there at the speed of the bus, and it is no longer charged. Returns the bytes moved. Waits for
+the device; no work may be enqueued on the tensor until it returns. See Model.spill.)");
+    module.def("unspill", &unspill, arg("tensor"),
+               "Moves what is spilled of the tensor back to the device, charged; see Model.unspill.");
     module.def(
         "record_stream", &record_stream, arg("tensor"), arg("stream"),
         "The tensor is used on this stream too (a torch.cuda.Stream or a raw handle): its memory retires until work on "

@@ -52,6 +52,20 @@ void require(CUresult result, int index, const char* what) {
                             std::to_string(result));
 }
 
+// Of host memory for `device`, on its own NUMA node. False where its granularity is coarser than the device's, as its
+// extents take the place of the device's.
+bool find_host_properties(CUdevice device, const CUmemAllocationProp& like, Bytes granularity,
+                          CUmemAllocationProp& out) {
+    int node = 0;
+    const CudaSymbols& cu = cuda_symbols();
+    if (cu.cuDeviceGetAttribute_(&node, CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, device) != CUDA_SUCCESS || node < 0) node = 0;
+    out = like;
+    out.location = {CU_MEM_LOCATION_TYPE_HOST_NUMA, {node}};
+    size_t unit = 0;
+    return cu.cuMemGetAllocationGranularity_(&unit, &out, CU_MEM_ALLOC_GRANULARITY_MINIMUM) == CUDA_SUCCESS &&
+           unit > 0 && granularity % unit == 0;
+}
+
 bool attribute(CUdevice device, CUdevice_attribute name) {
     int value = 0;
     return cuda_symbols().cuDeviceGetAttribute_(&value, name, device) == CUDA_SUCCESS && value != 0;
@@ -113,9 +127,13 @@ CudaDriver::CudaDriver(int index) : born_in_(fork_generation()) {
             "cuMemGetAllocationGranularity");
     capabilities_.granularity = granularity;
 
+    capabilities_.host_numa =
+        capabilities_.host_numa && find_host_properties(device_, properties_, granularity, host_properties_);
+
     // Non-blocking, so that it neither waits for the legacy default stream nor joins a capture of it.
     const Status made = in_context(DriverCall::synchronize, [&](const CudaSymbols& c) {
-        return c.cuStreamCreate_(&service_, CU_STREAM_NON_BLOCKING);
+        const CUresult first = c.cuStreamCreate_(&service_, CU_STREAM_NON_BLOCKING);
+        return first != CUDA_SUCCESS ? first : c.cuStreamCreate_(&transfers_, CU_STREAM_NON_BLOCKING);
     });
     if (!made.ok())
         throw DeviceUnavailable("cuda:" + std::to_string(index) + ": no stream could be made: " + describe(made));
@@ -149,6 +167,17 @@ Status CudaDriver::create(Bytes size, ExtentHandle& out) noexcept {
     CUmemGenericAllocationHandle handle = 0;
     const Status status = in_context(
         DriverCall::create, [&](const CudaSymbols& cu) { return cu.cuMemCreate_(&handle, size, &properties_, 0); });
+    if (status.ok()) out = {handle};
+    return status;
+}
+
+Status CudaDriver::create_on_host(Bytes size, ExtentHandle& out) noexcept {
+    if (!is_unit(size)) return refuse(DriverCall::create_on_host);
+    if (!capabilities_.host_numa) return {StatusCode::unsupported, DriverCall::create_on_host, 0};
+    CUmemGenericAllocationHandle handle = 0;
+    const Status status = in_context(DriverCall::create_on_host, [&](const CudaSymbols& cu) {
+        return cu.cuMemCreate_(&handle, size, &host_properties_, 0);
+    });
     if (status.ok()) out = {handle};
     return status;
 }
@@ -232,7 +261,31 @@ Status CudaDriver::zero(Address address, Bytes size) noexcept {
 
 Status CudaDriver::copy(Address to, Address from, Bytes size) noexcept {
     return in_context(DriverCall::copy,
-                      [&](const CudaSymbols& cu) { return cu.cuMemcpyDtoDAsync_(to, from, size, service_); });
+                      [&](const CudaSymbols& cu) { return cu.cuMemcpyAsync_(to, from, size, service_); });
+}
+
+Status CudaDriver::pin(Bytes size, Address& out) noexcept {
+    if (size == 0) return refuse(DriverCall::pin);
+    void* memory = nullptr;
+    const Status status = in_context(DriverCall::pin, [&](const CudaSymbols& cu) {
+        return cu.cuMemHostAlloc_(&memory, size, CU_MEMHOSTALLOC_PORTABLE);
+    });
+    if (status.ok()) out = reinterpret_cast<std::uintptr_t>(memory);
+    return status;
+}
+
+Status CudaDriver::unpin(Address address, Bytes) noexcept {
+    return in_context(DriverCall::unpin, [&](const CudaSymbols& cu) {
+        return cu.cuMemFreeHost_(reinterpret_cast<void*>(static_cast<std::uintptr_t>(address)));
+    });
+}
+
+Stream CudaDriver::transfer_stream() const noexcept { return {reinterpret_cast<std::uintptr_t>(transfers_)}; }
+
+// The driver knows by the addresses which side is host memory.
+Status CudaDriver::transfer(Address to, Address from, Bytes size) noexcept {
+    return in_context(DriverCall::transfer,
+                      [&](const CudaSymbols& cu) { return cu.cuMemcpyAsync_(to, from, size, transfers_); });
 }
 
 Status CudaDriver::record_fence(Stream stream, Fence& out) noexcept {

@@ -27,6 +27,7 @@ class CudaDriver final : public VmmDriver {
     Status reserve(Bytes size, Bytes alignment, Address& out) noexcept override;
     Status free_addresses(Address address, Bytes size) noexcept override;
     Status create(Bytes size, ExtentHandle& out) noexcept override;
+    Status create_on_host(Bytes size, ExtentHandle& out) noexcept override;
     Status release(ExtentHandle handle) noexcept override;
     Status map(Address address, Bytes size, ExtentHandle handle) noexcept override;
     Status set_access(Address address, Bytes size, Access access = Access::read_write) noexcept override;
@@ -37,6 +38,10 @@ class CudaDriver final : public VmmDriver {
     Stream service_stream() const noexcept override;
     Status zero(Address address, Bytes size) noexcept override;
     Status copy(Address to, Address from, Bytes size) noexcept override;
+    Status pin(Bytes size, Address& out) noexcept override;
+    Status unpin(Address address, Bytes size) noexcept override;
+    Stream transfer_stream() const noexcept override;
+    Status transfer(Address to, Address from, Bytes size) noexcept override;
     Status record_fence(Stream stream, Fence& out) noexcept override;
     Status query_fence(Fence fence) noexcept override;
     Status wait_fence(Fence fence) noexcept override;
@@ -57,8 +62,10 @@ class CudaDriver final : public VmmDriver {
     CUdevice device_ = 0;
     CUcontext context_ = nullptr;
     CUstream service_ = nullptr;
+    CUstream transfers_ = nullptr;
     CUmemAllocationProp properties_{};
-    std::atomic<std::uint64_t> peers_{0};  // a bit for each device that is allowed
+    CUmemAllocationProp host_properties_{};  // where host_numa
+    std::atomic<std::uint64_t> peers_{0};    // a bit for each device that is allowed
     std::mutex events_mutex_;
     std::vector<CUevent> spare_events_;
 };

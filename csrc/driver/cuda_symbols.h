@@ -35,7 +35,9 @@ namespace elastikv {
     X(cuMemExportToShareableHandle, "cuMemExportToShareableHandle")           \
     X(cuMemImportFromShareableHandle, "cuMemImportFromShareableHandle")       \
     X(cuMemsetD8Async, "cuMemsetD8Async")                                     \
-    X(cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2")                              \
+    X(cuMemcpyAsync, "cuMemcpyAsync")                                         \
+    X(cuMemHostAlloc, "cuMemHostAlloc")                                       \
+    X(cuMemFreeHost, "cuMemFreeHost")                                         \
     X(cuStreamCreate, "cuStreamCreate")                                       \
     X(cuStreamIsCapturing, "cuStreamIsCapturing")                             \
     X(cuStreamWaitEvent, "cuStreamWaitEvent")                                 \

@@ -13,6 +13,7 @@ class ForwardingDriver : public VmmDriver {
 
     const Capabilities& capabilities() const noexcept override { return inner_->capabilities(); }
     Stream service_stream() const noexcept override { return inner_->service_stream(); }
+    Stream transfer_stream() const noexcept override { return inner_->transfer_stream(); }
 
     Status memory_info(MemoryInfo& out) noexcept override {
         return around(DriverCall::memory_info, [&] { return inner_->memory_info(out); });
@@ -25,6 +26,9 @@ class ForwardingDriver : public VmmDriver {
     }
     Status create(Bytes size, ExtentHandle& out) noexcept override {
         return around(DriverCall::create, [&] { return inner_->create(size, out); });
+    }
+    Status create_on_host(Bytes size, ExtentHandle& out) noexcept override {
+        return around(DriverCall::create_on_host, [&] { return inner_->create_on_host(size, out); });
     }
     Status release(ExtentHandle handle) noexcept override {
         return around(DriverCall::release, [&] { return inner_->release(handle); });
@@ -52,6 +56,15 @@ class ForwardingDriver : public VmmDriver {
     }
     Status copy(Address to, Address from, Bytes size) noexcept override {
         return around(DriverCall::copy, [&] { return inner_->copy(to, from, size); });
+    }
+    Status pin(Bytes size, Address& out) noexcept override {
+        return around(DriverCall::pin, [&] { return inner_->pin(size, out); });
+    }
+    Status unpin(Address address, Bytes size) noexcept override {
+        return around(DriverCall::unpin, [&] { return inner_->unpin(address, size); });
+    }
+    Status transfer(Address to, Address from, Bytes size) noexcept override {
+        return around(DriverCall::transfer, [&] { return inner_->transfer(to, from, size); });
     }
     Status record_fence(Stream stream, Fence& out) noexcept override {
         return around(DriverCall::record_fence, [&] { return inner_->record_fence(stream, out); });

@@ -92,6 +92,7 @@ HostDriver::HostDriver() : born_in_(fork_generation()) {
     capabilities_.granularity = static_cast<Bytes>(sysconf(_SC_PAGESIZE));
     capabilities_.fresh_is_zero = true;
     capabilities_.fd_export = true;
+    capabilities_.host_numa = true;
     free_file_.add({0, file_length});
 }
 
@@ -147,19 +148,28 @@ Status HostDriver::free_addresses(Address address, Bytes size) noexcept {
 }
 
 Status HostDriver::create(Bytes size, ExtentHandle& out) noexcept {
-    ELASTIKV_REFUSE_IN_CHILD(DriverCall::create);
-    if (!is_unit(size)) return refuse(DriverCall::create);
+    return create_in(DriverCall::create, false, size, out);
+}
+
+// Here the device's memory is the host's, and only the label differs.
+Status HostDriver::create_on_host(Bytes size, ExtentHandle& out) noexcept {
+    return create_in(DriverCall::create_on_host, true, size, out);
+}
+
+Status HostDriver::create_in(DriverCall call, bool host, Bytes size, ExtentHandle& out) noexcept {
+    ELASTIKV_REFUSE_IN_CHILD(call);
+    if (!is_unit(size)) return refuse(call);
     const std::lock_guard lock(mutex_);
     // Host memory is taken at first touch, when nothing can be refused any more: so what can't be there is refused
     // here.
     if (size > total_memory_ || created_ > total_memory_ - size) {
-        return {StatusCode::out_of_memory, DriverCall::create, 0};
+        return {StatusCode::out_of_memory, call, 0};
     }
     give_back_lent();
     const auto offset = free_file_.find(size, capabilities_.granularity);
-    if (!offset) return {StatusCode::out_of_memory, DriverCall::create, 0};
+    if (!offset) return {StatusCode::out_of_memory, call, 0};
     free_file_.remove({*offset, *offset + size});
-    extents_.emplace(next_handle_, Extent{*offset, size});
+    extents_.emplace(next_handle_, Extent{*offset, size, 0, false, false, host});
     created_ += size;
     out = {next_handle_++};
     return Status::success();
@@ -287,7 +297,7 @@ Status HostDriver::import_fd(int fd, Bytes size, ExtentHandle& out) noexcept {
     const int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     if (own < 0) return error_status(DriverCall::import_fd, errno);
     const std::lock_guard lock(mutex_);
-    extents_.emplace(next_handle_, Extent{wanted.begin, size, 0, false, false, own});
+    extents_.emplace(next_handle_, Extent{wanted.begin, size, 0, false, false, false, own});
     out = {next_handle_++};
     return Status::success();
 }
@@ -306,6 +316,33 @@ Status HostDriver::zero(Address address, Bytes size) noexcept {
 
 Status HostDriver::copy(Address to, Address from, Bytes size) noexcept {
     ELASTIKV_REFUSE_IN_CHILD(DriverCall::copy);
+    std::memcpy(pointer(to), pointer(from), size);
+    return Status::success();
+}
+
+Status HostDriver::pin(Bytes size, Address& out) noexcept {
+    ELASTIKV_REFUSE_IN_CHILD(DriverCall::pin);
+    if (size == 0) return refuse(DriverCall::pin);
+    void* const got = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (got == MAP_FAILED) return error_status(DriverCall::pin, errno);
+    const std::lock_guard lock(mutex_);
+    out = static_cast<Address>(reinterpret_cast<std::uintptr_t>(got));
+    pinned_.emplace(out, size);
+    return Status::success();
+}
+
+Status HostDriver::unpin(Address address, Bytes size) noexcept {
+    ELASTIKV_REFUSE_IN_CHILD(DriverCall::unpin);
+    const std::lock_guard lock(mutex_);
+    const auto it = pinned_.find(address);
+    if (it == pinned_.end() || it->second != size) return refuse(DriverCall::unpin);
+    if (munmap(pointer(address), size) != 0) return error_status(DriverCall::unpin, errno);
+    pinned_.erase(it);
+    return Status::success();
+}
+
+Status HostDriver::transfer(Address to, Address from, Bytes size) noexcept {
+    ELASTIKV_REFUSE_IN_CHILD(DriverCall::transfer);
     std::memcpy(pointer(to), pointer(from), size);
     return Status::success();
 }
@@ -380,6 +417,10 @@ std::size_t HostDriver::live_mappings() const {
 std::size_t HostDriver::live_reservations() const {
     const std::lock_guard lock(mutex_);
     return reservations_.size();
+}
+std::size_t HostDriver::live_pins() const {
+    const std::lock_guard lock(mutex_);
+    return pinned_.size();
 }
 
 }  // namespace elastikv

@@ -33,6 +33,7 @@ class HostDriver final : public VmmDriver {
     Status reserve(Bytes size, Bytes alignment, Address& out) noexcept override;
     Status free_addresses(Address address, Bytes size) noexcept override;
     Status create(Bytes size, ExtentHandle& out) noexcept override;
+    Status create_on_host(Bytes size, ExtentHandle& out) noexcept override;
     Status release(ExtentHandle handle) noexcept override;
     Status map(Address address, Bytes size, ExtentHandle handle) noexcept override;
     Status set_access(Address address, Bytes size, Access access = Access::read_write) noexcept override;
@@ -43,6 +44,10 @@ class HostDriver final : public VmmDriver {
     Stream service_stream() const noexcept override { return {}; }
     Status zero(Address address, Bytes size) noexcept override;
     Status copy(Address to, Address from, Bytes size) noexcept override;
+    Status pin(Bytes size, Address& out) noexcept override;
+    Status unpin(Address address, Bytes size) noexcept override;
+    Stream transfer_stream() const noexcept override { return {}; }
+    Status transfer(Address to, Address from, Bytes size) noexcept override;
     Status record_fence(Stream stream, Fence& out) noexcept override;
     Status query_fence(Fence fence) noexcept override;
     Status wait_fence(Fence fence) noexcept override;
@@ -54,6 +59,7 @@ class HostDriver final : public VmmDriver {
     std::size_t live_extents() const;
     std::size_t live_mappings() const;
     std::size_t live_reservations() const;
+    std::size_t live_pins() const;
 
   private:
     struct Extent {
@@ -62,6 +68,7 @@ class HostDriver final : public VmmDriver {
         std::size_t mappings = 0;
         bool released = false;
         bool exported = false;
+        bool host = false;  // by create_on_host: does not count as the device's memory
         int imported = -1;  // the descriptor of another driver's file, -1 where the extent is in ours
     };
     struct MappedExtent {
@@ -73,6 +80,7 @@ class HostDriver final : public VmmDriver {
     bool is_free_of_mappings(Address address, Bytes size) const;
     bool is_reserved(Address address, Bytes size) const;
     bool is_unit(Bytes value) const { return value != 0 && value % capabilities_.granularity == 0; }
+    Status create_in(DriverCall call, bool host, Bytes size, ExtentHandle& out) noexcept;
     void give_back(std::unordered_map<std::uint64_t, Extent>::iterator extent);
     void give_back_range(ByteRange range);
     void give_back_lent();
@@ -91,6 +99,7 @@ class HostDriver final : public VmmDriver {
     std::unordered_map<std::uint64_t, Extent> extents_;
     std::map<Address, MappedExtent> mappings_;
     std::map<Address, Bytes> reservations_;
+    std::map<Address, Bytes> pinned_;
 };
 
 }  // namespace elastikv

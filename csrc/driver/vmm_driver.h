@@ -30,7 +30,7 @@ struct Capabilities {
     bool fresh_is_zero = false;           // created memory reads as zeros
     bool asynchronous = false;            // device work outlives the call that enqueued it: fences can be pending
     bool fd_export = false;               // physical memory can be handed to another process by file descriptor
-    bool host_numa = false;               // host memory can be mapped at device addresses
+    bool host_numa = false;               // host memory can be mapped at device addresses, by create_on_host
 };
 
 struct MemoryInfo {
@@ -70,6 +70,9 @@ class VmmDriver {
     virtual Status free_addresses(Address address, Bytes size) noexcept = 0;
 
     virtual Status create(Bytes size, ExtentHandle& out) noexcept = 0;
+    // The same in host memory near the device, which the device reads and writes at the addresses where it is mapped,
+    // at the speed of the bus. `unsupported` where the device can't (see host_numa).
+    virtual Status create_on_host(Bytes size, ExtentHandle& out) noexcept = 0;
     // The memory goes back to the device once its last mapping is gone.
     virtual Status release(ExtentHandle handle) noexcept = 0;
 
@@ -97,6 +100,16 @@ class VmmDriver {
     virtual Stream service_stream() const noexcept = 0;
     virtual Status zero(Address address, Bytes size) noexcept = 0;
     virtual Status copy(Address to, Address from, Bytes size) noexcept = 0;
+
+    // Host memory of the process that the device copies from and to at full speed; the CPU may use it too. Slow: some
+    // 0.4 s a GiB. `size` need not be whole units. What it holds at first is undefined.
+    virtual Status pin(Bytes size, Address& out) noexcept = 0;
+    // What pin gave, whole, when nothing copies from or to it any more.
+    virtual Status unpin(Address address, Bytes size) noexcept = 0;
+    // Copies between pinned memory and mapped memory are put on a stream of their own, in order, so that scrubbing does
+    // not queue behind gigabytes.
+    virtual Stream transfer_stream() const noexcept = 0;
+    virtual Status transfer(Address to, Address from, Bytes size) noexcept = 0;
 
     // `capturing` where the stream is recording a graph. The fence is the caller's, to be destroyed.
     virtual Status record_fence(Stream stream, Fence& out) noexcept = 0;

@@ -40,7 +40,9 @@ Bytes VirtualMemoryPool::try_alias(Bytes to, Bytes from, Bytes size, Bytes share
     options.open_ended = false;
     std::unique_lock lock(mutex_);
     require_open();
-    clear_idle_aliases(lock, {&plan.target, 1});
+    clear_unparkable(lock, {&plan.target, 1});
+    require_awake(plan.target);
+    require_awake(source);
     const Bytes gap = table_.live().first_gap(source);
     if (gap != source.end) throw NotMapped(source, gap);
     if (const auto held = table_.live().first_overlap(plan.target)) throw AlreadyMapped(plan.target, *held);
@@ -52,7 +54,7 @@ Bytes VirtualMemoryPool::try_alias(Bytes to, Bytes from, Bytes size, Bytes share
 void VirtualMemoryPool::make_plan(AliasPlan& plan, ByteRange source, ByteRange shared) {
     table_.for_each_extent(table_.pages_of(source), [&](Extent& extent) {
         const ByteRange place{extent.range.begin + plan.shift, extent.range.end + plan.shift};
-        if (shared.contains(extent.range) && !extent.exported && try_vacate(place)) {
+        if (shared.contains(extent.range) && !extent.exported && !extent.spilled && try_vacate(place)) {
             plan.whole.push_back(&extent);
         } else {
             const ByteRange part = extent.range.clipped_to(source);
@@ -166,18 +168,18 @@ void VirtualMemoryPool::copy_parts(const AliasPlan& plan, Stream stream, std::ve
     });
 }
 
-// Unmaps idle places of shared extents from where memory is wanted, after device work that may still touch them. Throws
-// InvalidArgument where others of their pages are in use.
-void VirtualMemoryPool::clear_idle_aliases(std::unique_lock<std::mutex>& lock, std::span<const ByteRange> parts) {
+// Unmaps idle places of shared extents, and idle host memory, from where memory is wanted, after device work that may
+// still touch them. Throws InvalidArgument where others of a shared extent's pages are in use.
+void VirtualMemoryPool::clear_unparkable(std::unique_lock<std::mutex>& lock, std::span<const ByteRange> parts) {
     for (;;) {
         settle_passed();
-        if (table_.totals().aliased == 0) return;
+        if (table_.totals().aliased == 0 && table_.totals().spilled == 0) return;
         std::vector<Bytes> idle;
         std::vector<FencePtr> fences;
         for (const ByteRange& part : parts) {
             if (table_.live().first_overlap(part)) continue;  // the caller refuses that
             table_.for_each_extent(table_.pages_of(part), [&](const Extent& extent) {
-                if (!extent.shared()) return;
+                if (!extent.unparkable() || (extent.spilled && extent.used > 0)) return;
                 if (extent.used > 0) {
                     throw InvalidArgument("memory in [" + std::to_string(part.begin) + ", " + std::to_string(part.end) +
                                           ") lies on an extent that is shared; make_writable() comes first");
@@ -194,8 +196,8 @@ void VirtualMemoryPool::clear_idle_aliases(std::unique_lock<std::mutex>& lock, s
             continue;
         }
         for (const Bytes begin : idle) {
-            if (Extent& extent = *table_.find(begin); extent.shared() && !try_give_back(extent)) {
-                throw MappingFailed("the driver refused to unmap the shared extent at offset " + std::to_string(begin));
+            if (Extent& extent = *table_.find(begin); extent.unparkable() && !try_give_back(extent)) {
+                throw MappingFailed("the driver refused to unmap the idle extent at offset " + std::to_string(begin));
             }
         }
         return;
@@ -235,6 +237,7 @@ Bytes VirtualMemoryPool::try_make_writable(ByteRange pages, std::span<const Stre
     std::unique_lock lock(mutex_);
     require_open();
     for (bool fenced = false;;) {
+        require_awake(pages);
         settle_passed();
         std::vector<Bytes> shared;
         std::vector<FencePtr> fences;
@@ -271,7 +274,7 @@ Bytes VirtualMemoryPool::try_make_writable(ByteRange pages, std::span<const Stre
         for (const Bytes begin : shared) {
             const Bytes used = table_.find(begin)->used;
             Bytes freed = 0;
-            const Status status = try_retile(begin, freed);
+            const Status status = try_retile(begin, freed, /*on_host=*/false);
             if (status.code == StatusCode::out_of_memory && status.call == DriverCall::create) return used;
             if (!status.ok()) throw CudaError(status, "copying the shared extent at offset " + std::to_string(begin));
         }

@@ -9,7 +9,8 @@ Bytes VirtualMemoryPool::compact() {
     Bytes freed = reclaim(~Bytes{0}, true);
     // Moving a page that a kernel reads would be a fault, so the device finishes first.
     synchronize();
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
+    wait_until_still(lock);
     require_open();
     settle_passed();
     restore_access();
@@ -19,7 +20,7 @@ Bytes VirtualMemoryPool::compact() {
                            !extent.exported && !extent.shared();
         if (moves) partly_idle.push_back(extent.range.begin);
     });
-    for (const Bytes begin : partly_idle) (void)try_retile(begin, freed);
+    for (const Bytes begin : partly_idle) (void)try_retile(begin, freed, table_.find(begin)->spilled);
     return freed;
 }
 
@@ -34,11 +35,11 @@ void VirtualMemoryPool::restore_access() {
 
 // Adds the bytes freed to `freed`. Where the budget or the driver did not allow it nothing has changed, and the answer
 // says why; a budget that is short reads as a create() without memory.
-Status VirtualMemoryPool::try_retile(Bytes begin, Bytes& freed) {
+Status VirtualMemoryPool::try_retile(Bytes begin, Bytes& freed, bool on_host) {
     Extent& old = *table_.find(begin);
     const Bytes idle = old.range.size() - old.used;
     std::vector<Extent> fresh;
-    Status status = try_copy_out(old, fresh);
+    Status status = try_copy_out(old, fresh, on_host);
     if (status.ok()) status = try_swap_in(old, fresh);
     if (!status.ok()) {
         // The place beneath is taken, so these can't be kept in the books as parked ones.
@@ -49,33 +50,37 @@ Status VirtualMemoryPool::try_retile(Bytes begin, Bytes& freed) {
         }
         return status;
     }
-    const bool shared = old.shared();
+    const bool costs = old.cost() > 0;
     Extent gone = table_.take(begin);
     for (Extent& extent : fresh) table_.insert(std::move(extent));
-    if (try_give_up(std::move(gone)) && !shared) freed += idle;
+    if (try_give_up(std::move(gone)) && costs) freed += idle;
     note_peaks();
     return status;
 }
 
-// Makes an extent for each run of live pages and copies their content, through addresses of its own.
-Status VirtualMemoryPool::try_copy_out(const Extent& from, std::vector<Extent>& fresh) {
+// Makes an extent for each run of live pages, in device or in host memory, and copies their content, through addresses
+// of its own.
+Status VirtualMemoryPool::try_copy_out(const Extent& from, std::vector<Extent>& fresh, bool on_host) {
     IntervalSet runs;
     table_.live().for_each(from.range, [&](ByteRange part) { runs.add(table_.pages_of(part)); });
     Status status;
     runs.for_each(from.range, [&](ByteRange run) {
         if (!status.ok()) return;
-        if (budget_ && !budget_->try_charge(run.size())) {
+        if (!on_host && budget_ && !budget_->try_charge(run.size())) {
             status = {StatusCode::out_of_memory, DriverCall::create, 0};
             return;
         }
-        auto physical = PhysicalExtent::try_create(driver_, run.size());
+        auto physical = on_host ? PhysicalExtent::try_create_on_host(driver_, run.size())
+                                : PhysicalExtent::try_create(driver_, run.size());
         if (!physical.ok()) {
-            if (budget_) budget_->refund(run.size());
+            if (!on_host && budget_) budget_->refund(run.size());
             status = physical.status();
             return;
         }
         Extent extent;
         extent.range = run;
+        extent.spilled = on_host;
+        extent.fixed = from.fixed;
         extent.mapping = std::make_unique<Mapping>(range_, physical.value(), run.begin);
         fresh.push_back(std::move(extent));
         auto scratch = AddressRange::try_reserve(driver_, run.size(), page_size());

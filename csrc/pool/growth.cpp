@@ -78,7 +78,10 @@ Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& opti
         if (!try_charge(range.size(), options.grant)) continue;
         const bool zero = options_.scrub_fresh || options.zero;
         const Status status = try_make_extent(range, zero, fresh);
-        if (status.ok()) return 0;
+        if (status.ok()) {
+            fresh.back().fixed = options.largest_extent > 0;
+            return 0;
+        }
         if (status.code == StatusCode::out_of_memory && status.call == DriverCall::create) continue;
         if (status.call == DriverCall::map || status.call == DriverCall::set_access) throw MappingFailed(status, range);
         throw CudaError(status, "making an extent of " + format_bytes(range.size()));

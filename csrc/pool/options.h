@@ -2,10 +2,12 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <optional>
 #include <string>
 
 #include "driver/vmm_driver.h"
+#include "pool/pinned_buffers.h"
 
 namespace elastikv {
 
@@ -26,6 +28,8 @@ struct PoolOptions {
     std::string name{};
     // New extents are zeroed, as the device may hand out what another owner wrote.
     bool scrub_fresh = false;
+    // For backups of what is paused. Null: the pool has its own.
+    std::shared_ptr<PinnedBuffers> pinned = nullptr;
 };
 
 class Grant;
@@ -44,6 +48,18 @@ struct AllocateOptions {
     // Where memory is short, wait in line for it; null: don't. It lives until the call returns.
     const WaitOptions* wait = nullptr;
     Grant* grant = nullptr;  // paid from before the budget is charged
+};
+
+// What becomes of the content of memory that is paused.
+enum class Keep : std::uint8_t {
+    on_host,  // in pinned host memory
+    nothing,  // it is lost; the memory reads as zeros or as what the same pool wrote to it
+};
+
+// A part of a pool to be paused, whole pages.
+struct PausePart {
+    ByteRange range;
+    bool one_owner = false;  // what lies side by side in it may come back on one extent
 };
 
 // Held by a scheduler that may still launch work on released memory. Fences are recorded only once it is open.

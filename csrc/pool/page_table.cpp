@@ -86,6 +86,7 @@ PageTable::Tally PageTable::tally(ByteRange pages) const {
 
 void PageTable::add_totals(const Extent& extent) {
     totals_.mapped += extent.range.size();
+    if (extent.spilled) totals_.spilled += extent.range.size();
     totals_.used += extent.used;
     totals_.retiring += extent.retiring;
     if (extent.idle()) totals_.parked += extent.range.size();
@@ -94,6 +95,7 @@ void PageTable::add_totals(const Extent& extent) {
 
 void PageTable::subtract_totals(const Extent& extent) {
     totals_.mapped -= extent.range.size();
+    if (extent.spilled) totals_.spilled -= extent.range.size();
     totals_.used -= extent.used;
     totals_.retiring -= extent.retiring;
     if (extent.idle()) totals_.parked -= extent.range.size();
@@ -232,7 +234,9 @@ std::string PageTable::check() const {
         if (extent.idle() && parked_.count(extent.idle_since) == 0) return where + "not in the parked list";
         if (!extent.clean.empty() && live_.first_overlap(extent.clean)) return where + "live bytes are marked clean";
         idle += extent.idle() ? 1 : 0;
+        if (extent.spilled && extent.shared()) return where + "spilled and shared";
         sum.mapped += extent.range.size();
+        if (extent.spilled) sum.spilled += extent.range.size();
         if (extent.places && ++places[extent.places.get()] > 1) sum.aliased += extent.range.size();
         sum.used += extent.used;
         sum.retiring += extent.retiring;
@@ -242,8 +246,8 @@ std::string PageTable::check() const {
     for (const auto& [each, count] : places) {
         if (each->count != count) return "the number of an extent's places is stale";
     }
-    if (sum.mapped != totals_.mapped || sum.aliased != totals_.aliased || sum.used != totals_.used ||
-        sum.retiring != totals_.retiring || sum.parked != totals_.parked) {
+    if (sum.mapped != totals_.mapped || sum.aliased != totals_.aliased || sum.spilled != totals_.spilled ||
+        sum.used != totals_.used || sum.retiring != totals_.retiring || sum.parked != totals_.parked) {
         return "the totals are stale";
     }
     return {};

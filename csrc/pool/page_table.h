@@ -33,6 +33,8 @@ struct Extent {
     bool ahead = false;     // mapped before anyone asked, so the park limit does not apply
     bool foreign = false;   // may hold another owner's bytes: to be zeroed before any of it is handed out
     bool exported = false;  // other processes may have it mapped, so it must stay
+    bool spilled = false;   // in host memory: not charged, never parked, never shared
+    bool fixed = false;     // its size was its owner's choice, so it comes back from a pause as it was
     // Of extents whose physical memory is, was or is about to be mapped elsewhere in the pool, too.
     std::shared_ptr<Places> places;
     // Kept by PageTable:
@@ -42,6 +44,10 @@ struct Extent {
 
     bool idle() const { return used == 0 && retiring == 0; }
     bool shared() const { return places && places->count > 1; }
+    // Idle memory that is of no use to the next who wants some.
+    bool unparkable() const { return shared() || spilled; }
+    // What it alone costs of the budget.
+    Bytes cost() const { return unparkable() ? 0 : range.size(); }
 };
 
 inline constexpr std::uint64_t any_batch = 0;  // real ones count from 1
@@ -50,12 +56,13 @@ inline constexpr std::uint64_t any_batch = 0;  // real ones count from 1
 struct PageTotals {
     Bytes mapped = 0;
     Bytes aliased = 0;  // the part of `mapped` whose physical memory counts at another place
+    Bytes spilled = 0;  // the part of `mapped` that lies in host memory
     Bytes used = 0;
     Bytes retiring = 0;
     Bytes parked = 0;
     Bytes ahead = 0;  // the part of `parked` that was mapped ahead
 
-    Bytes physical() const { return mapped - aliased; }
+    Bytes physical() const { return mapped - aliased - spilled; }
 };
 
 // A page is used if any of its bytes is live; else retiring, if any of its bytes is; else idle.

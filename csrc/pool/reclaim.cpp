@@ -38,7 +38,7 @@ void VirtualMemoryPool::settle_passed(bool on_worker) {
     for (const RetireBatch& batch : retiring_.take_passed()) {
         for (const ByteRange& part : batch.parts) table_.settle(part, batch.id);
     }
-    give_back_idle_aliases(on_worker);
+    give_back_unparkable(on_worker);
     if (!over_park_limit()) return;
     if (!driver_->capabilities().asynchronous) {
         give_back_excess();
@@ -50,12 +50,13 @@ void VirtualMemoryPool::settle_passed(bool on_worker) {
 // While someone waits for memory nothing is parked.
 Bytes VirtualMemoryPool::park_limit() const { return budget_ && budget_->in_demand() ? 0 : park_limit_; }
 
-// An idle place of memory that is in use elsewhere can't be handed out again, so it is not parked.
-void VirtualMemoryPool::give_back_idle_aliases(bool on_worker) {
-    if (table_.totals().aliased == 0) return;
+// An idle place of memory that is in use elsewhere can't be handed out again, and host memory is not to be: neither is
+// parked.
+void VirtualMemoryPool::give_back_unparkable(bool on_worker) {
+    if (table_.totals().aliased == 0 && table_.totals().spilled == 0) return;
     std::vector<Bytes> idle;
     for (const auto& [since, begin] : table_.parked()) {
-        if (table_.find(begin)->shared()) idle.push_back(begin);
+        if (table_.find(begin)->unparkable()) idle.push_back(begin);
     }
     if (idle.empty()) return;
     if (driver_->capabilities().asynchronous && !on_worker) {
@@ -64,7 +65,7 @@ void VirtualMemoryPool::give_back_idle_aliases(bool on_worker) {
     }
     for (const Bytes begin : idle) {
         Extent& extent = *table_.find(begin);
-        if (extent.shared()) (void)try_give_back(extent);  // of several idle places the last one may be parked
+        if (extent.unparkable()) (void)try_give_back(extent);  // of several idle places the last one may be parked
     }
 }
 
@@ -98,14 +99,15 @@ Bytes VirtualMemoryPool::give_back_excess() {
     return freed;
 }
 
-// Returns the bytes freed: all of the extent, and 0 where its memory lives on at another place; nothing where the
-// driver refused, and then it stays in the books.
+// Returns the bytes freed: all of the extent, and 0 where its memory lives on at another place or was the host's;
+// nothing where the driver refused, and then it stays in the books.
 std::optional<Bytes> VirtualMemoryPool::try_give_back(Extent& extent) noexcept {
     if (extent.zeroing && !extent.zeroing->has_passed()) return std::nullopt;
-    const Bytes size = extent.shared() ? 0 : extent.range.size();
+    const Bytes size = extent.cost();
+    const bool releases = !extent.shared();
     Observed observed(EventKind::reclaim, options_.name);
     Status status = extent.mapping->try_unmap();
-    if (status.ok() && size > 0) status = extent.mapping->extent().try_release();
+    if (status.ok() && releases) status = extent.mapping->extent().try_release();
     if (!status.ok()) {
         ++reclaims_refused_;
         return std::nullopt;
@@ -130,7 +132,7 @@ bool VirtualMemoryPool::try_give_up(Extent extent) noexcept {
     const bool released = unmapped && !lost && (physical.try_release().ok() || physical.try_release().ok());
     if (!released) {
         physical.abandon();
-    } else if (budget_) {
+    } else if (budget_ && !extent.spilled) {
         budget_->refund(extent.range.size());
     }
     return released;
@@ -243,6 +245,10 @@ bool VirtualMemoryPool::work_step() {
 }
 
 void VirtualMemoryPool::run_prefetch(ByteRange pages) {
+    if (dormant_.sleeps(pages)) {  // it was asked for before the pause
+        ++prefetches_dropped_;
+        return;
+    }
     for (const ByteRange& gap : table_.gaps(pages)) {
         std::vector<Extent> fresh;
         if ((budget_ && !budget_->try_charge(gap.size())) || !try_make_extent(gap, options_.scrub_fresh, fresh).ok()) {
@@ -270,7 +276,8 @@ void VirtualMemoryPool::run_prefetch(ByteRange pages) {
 
 void VirtualMemoryPool::release_everything() noexcept {
     {
-        const std::lock_guard lock(mutex_);
+        std::unique_lock lock(mutex_);
+        wait_until_still(lock);
         if (closed_) {
             give_back_parked(capacity());
             return;
@@ -278,6 +285,8 @@ void VirtualMemoryPool::release_everything() noexcept {
         closed_ = true;
         prefetches_.clear();
         prefetched_.notify_all();
+        dormant_.clear();
+        note_sleep();
     }
     worker_.stop();
     std::unique_lock lock(mutex_);

@@ -8,8 +8,13 @@ std::vector<ExportedExtent> VirtualMemoryPool::export_extents(Bytes offset, Byte
     const ByteRange bytes = checked_range(offset, size);
     const std::lock_guard lock(mutex_);
     require_open();
+    require_awake(bytes);
     if (!table_.is_used(bytes)) throw NotMapped(bytes, table_.live().first_gap(bytes));
     table_.for_each_extent(table_.pages_of(bytes), [](const Extent& extent) {
+        if (extent.spilled) {
+            throw InvalidArgument("the extent at offset " + std::to_string(extent.range.begin) +
+                                  " is spilled, so it can't be exported; unspill() comes first");
+        }
         if (!extent.shared()) return;
         throw InvalidArgument("the extent at offset " + std::to_string(extent.range.begin) +
                               " is shared with another range, so it can't be exported; make_writable() comes first");
@@ -27,7 +32,8 @@ std::vector<ExportedExtent> VirtualMemoryPool::export_extents(Bytes offset, Byte
 
 void VirtualMemoryPool::allow_peer(int device) {
     process_.require_same_process();
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
+    wait_until_still(lock);  // or it would miss what a resume is making
     require_open();
     const Status allowed = driver_->allow_peer(device);
     if (!allowed.ok()) {

@@ -5,8 +5,8 @@
 
 namespace elastikv {
 
-// Bytes, unless it says otherwise. physical_usage + aliased = used + retiring + parked + stranded, at any moment: these
-// four count addresses, so that memory which is mapped at two places counts twice.
+// Bytes, unless it says otherwise. physical_usage + aliased + spilled = used + retiring + parked + stranded, at any
+// moment: these four count addresses, so that memory which is mapped at two places counts twice.
 struct MemoryStats {
     Bytes virtual_capacity = 0;
     Bytes physical_usage = 0;        // bytes of live extents; what the budget is charged
@@ -21,6 +21,9 @@ struct MemoryStats {
     Bytes parked = 0;    // whole extents mapped and idle: reused without a driver call, given back under pressure
     Bytes stranded = 0;  // idle pages of extents that others keep in use
     Bytes aliased = 0;   // mapped at a further place: costs no physical memory
+    Bytes spilled = 0;   // in host memory beneath device addresses: costs no physical memory of the device
+    Bytes paused = 0;    // not mapped: what resume() makes again
+    Bytes backup = 0;    // pinned host memory that holds the content of what is paused
     std::uint64_t extents = 0;
     Bytes peak_physical = 0;
     Bytes peak_used = 0;

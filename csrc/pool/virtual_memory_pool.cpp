@@ -39,6 +39,8 @@ VirtualMemoryPool::VirtualMemoryPool(Bytes capacity, DriverPtr driver, PoolOptio
       range_(reserve(driver_, capacity, checked_page_size(options.page_size, driver_->capabilities().granularity))),
       table_(checked_page_size(options.page_size, driver_->capabilities().granularity)),
       retiring_(driver_),
+      dormant_(table_.page_size()),
+      pinned_(options.pinned ? options.pinned : std::make_shared<PinnedBuffers>(driver_)),
       park_limit_(options.park_limit.value_or(driver_->capabilities().kind == DeviceKind::cuda ? default_cuda_park_limit
                                                                                                : Bytes{0})),
       worker_([this] { return work_step(); }) {
@@ -117,7 +119,8 @@ Bytes VirtualMemoryPool::try_claim(Bytes offset, Bytes size, const AllocateOptio
     const ByteRange bytes = checked_range(offset, size);
     std::unique_lock lock(mutex_);
     require_open();
-    clear_idle_aliases(lock, {&bytes, 1});
+    clear_unparkable(lock, {&bytes, 1});
+    require_awake(bytes);
     return try_allocate({&bytes, 1}, options);
 }
 
@@ -135,7 +138,8 @@ Bytes VirtualMemoryPool::try_claim_all(std::span<const ByteRange> parts, const A
     }
     std::unique_lock lock(mutex_);
     require_open();
-    clear_idle_aliases(lock, parts);
+    clear_unparkable(lock, parts);
+    for (const ByteRange& part : parts) require_awake(part);
     return try_allocate(parts, options);
 }
 
@@ -201,27 +205,38 @@ void VirtualMemoryPool::deallocate(Bytes offset, Bytes size, std::span<const Str
 void VirtualMemoryPool::deallocate_all(std::vector<ByteRange> parts, std::span<const Stream> streams,
                                        std::shared_ptr<ReleaseGate> gate) {
     process_.require_same_process();
-    const std::lock_guard lock(mutex_);
+    for (const ByteRange& part : parts) checked_range(part.begin, part.size());
+    std::unique_lock lock(mutex_);
+    wait_until_still(lock, parts);
     require_open();
     for (const ByteRange& part : parts) {
-        checked_range(part.begin, part.size());
-        const Bytes gap = table_.live().first_gap(part);
+        const Bytes gap = first_free(part);
         if (gap != part.end) throw NotMapped(part, gap);
     }
-    retire(std::move(parts), streams, std::move(gate));
+    free_live(std::move(parts), streams, std::move(gate));
 }
 
 Bytes VirtualMemoryPool::deallocate_within(Bytes offset, Bytes size, std::span<const Stream> streams) {
     process_.require_same_process();
     const ByteRange bytes = checked_range(offset, size);
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
+    wait_until_still(lock, {&bytes, 1});
     require_open();
-    std::vector<ByteRange> parts;
-    table_.live().for_each(bytes, [&](ByteRange part) { parts.push_back(part); });
     Bytes freed = 0;
-    for (const ByteRange& part : parts) freed += part.size();
-    if (freed > 0) retire(std::move(parts), streams, nullptr);
+    const auto count = [&](ByteRange part) { freed += part.size(); };
+    table_.live().for_each(bytes, count);
+    dormant_.live().for_each(bytes, count);
+    if (freed > 0) free_live({bytes}, streams, nullptr);
     return freed;
+}
+
+// What of `parts` is live, or sleeps. What sleeps needs no fence, and goes last, as that can't fail.
+void VirtualMemoryPool::free_live(std::vector<ByteRange> parts, std::span<const Stream> streams,
+                                  std::shared_ptr<ReleaseGate> gate) {
+    std::vector<ByteRange> awake;
+    for (const ByteRange& part : parts) table_.live().for_each(part, [&](ByteRange each) { awake.push_back(each); });
+    if (!awake.empty()) retire(std::move(awake), streams, std::move(gate));
+    for (const ByteRange& part : parts) dormant_.drop(part);
 }
 
 void VirtualMemoryPool::prefetch(Bytes offset, Bytes size) {
@@ -229,6 +244,7 @@ void VirtualMemoryPool::prefetch(Bytes offset, Bytes size) {
     const ByteRange bytes = checked_range(offset, size);
     const std::lock_guard lock(mutex_);
     require_open();
+    require_awake(bytes);
     if (table_.gaps(table_.pages_of(bytes)).empty()) return;
     prefetches_.push_back(table_.pages_of(bytes));
     if (!worker_.wake()) {
@@ -283,6 +299,9 @@ MemoryStats VirtualMemoryPool::stats() const {
     stats.parked = totals.parked;
     stats.stranded = totals.mapped - totals.used - totals.retiring - totals.parked;
     stats.aliased = totals.aliased;
+    stats.spilled = totals.spilled;
+    stats.paused = dormant_.bytes();
+    stats.backup = dormant_.backed_up();
     if (totals.mapped > 0) {
         stats.fragmentation_ratio = 1.0 - static_cast<double>(stats.live) / static_cast<double>(totals.mapped);
     }
@@ -302,7 +321,8 @@ MemoryStats VirtualMemoryPool::stats() const {
 std::string VirtualMemoryPool::check() const {
     process_.require_same_process();
     const std::lock_guard lock(mutex_);
-    return table_.check();
+    const std::string wrong = table_.check();
+    return wrong.empty() ? dormant_.check() : wrong;
 }
 
 }  // namespace elastikv

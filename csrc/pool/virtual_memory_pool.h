@@ -13,6 +13,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -21,6 +22,7 @@
 #include "base/error.h"
 #include "driver/fork_guard.h"
 #include "pool/budget.h"
+#include "pool/dormant.h"
 #include "pool/options.h"
 #include "pool/page_table.h"
 #include "pool/retire_queue.h"
@@ -133,6 +135,36 @@ class VirtualMemoryPool {
     // take back.
     void close();
 
+    // Puts the parts to sleep, which are disjoint: copies the pages in use to the host or forgets them, and gives all
+    // memory there back. Addresses stay; whatever wants to put memory there, or to alias or export it, throws
+    // ModelPaused. What sleeps already sleeps on, and what is spilled stays where it is; freeing is possible at any
+    // time. Waits for all of the device's work, and nothing may be enqueued on the memory until it is resumed. All or
+    // nothing; what the driver would not take back afterwards stays parked and charged, and is tried again. Returns the
+    // physical bytes given back. Throws InvalidArgument (exported extents, releases that wait for a gate or a
+    // capture), CudaError, PoolClosed.
+    Bytes pause(const std::vector<PausePart>& parts, Keep keep);
+    // Makes all that sleeps in the parts again: beneath the same addresses, with its content as far as it was kept, and
+    // shared as it was where all places wake together. Charges first, and makes room or waits in line as allocate()
+    // does. All or nothing: a backup lives until everything is in place. Device work that is enqueued afterwards, on
+    // any stream, finds it there. Returns the physical bytes made. Throws OutOfPhysicalMemory, WaitCancelled,
+    // MappingFailed, CudaError, PoolClosed.
+    Bytes resume(const std::vector<ByteRange>& parts, const WaitOptions* wait = nullptr);
+    // Whether any of the range sleeps. Costs a load where nothing does.
+    bool is_paused(Bytes offset, Bytes size) const;
+    // Throws ModelPaused where any of the range sleeps.
+    void require_awake(Bytes offset, Bytes size) const;
+    // The addresses have no owner any more: who gets them next is not asleep. No effect where all of the pool sleeps.
+    void forget_pause(Bytes offset, Bytes size);
+    // Moves extents in use that lie or reach into the parts to host memory, beneath the same addresses, until `wanted`
+    // bytes are moved or all; the device reads and writes them there, more slowly, and their charge ends. Extents that
+    // are shared or exported stay. Waits for the device; no work may be enqueued on the memory meanwhile. Each extent
+    // as a whole or not at all. Returns the bytes moved. Throws ModelPaused, DeviceUnavailable where the device can't
+    // map host memory, CudaError.
+    Bytes spill(const std::vector<ByteRange>& parts, Bytes wanted = ~Bytes{0});
+    // Moves what is spilled there back to the device, charged. The same promise. Returns the bytes moved. Throws
+    // ModelPaused, OutOfPhysicalMemory, CudaError.
+    Bytes unspill(const std::vector<ByteRange>& parts);
+
     // The extents that the range lies on, whole, for another process to map; every page of it must be allocated. They
     // stay where they are from now on: compact() does not move them. Throws InvalidSize, InvalidOffset, NotMapped,
     // InvalidArgument for extents that are shared, and CudaError where the device can't export.
@@ -161,6 +193,8 @@ class VirtualMemoryPool {
   private:
     void require_open() const;  // under the lock
     ByteRange checked_range(Bytes offset, Bytes size) const;
+    Bytes first_free(ByteRange bytes) const;
+    void free_live(std::vector<ByteRange> parts, std::span<const Stream> streams, std::shared_ptr<ReleaseGate> gate);
 
     // growth.cpp
     // Returns the bytes that were lacking, 0 where it succeeded; throws on any other failure. State changes only on
@@ -193,7 +227,7 @@ class VirtualMemoryPool {
     Bytes carry_out(const AliasPlan& plan, const AllocateOptions& options);
     void map_alias(Extent& source, Bytes shift, Stream stream, std::vector<Extent>& aliases);
     void copy_parts(const AliasPlan& plan, Stream stream, std::vector<Extent>& fresh, bool& busy);
-    void clear_idle_aliases(std::unique_lock<std::mutex>& lock, std::span<const ByteRange> parts);
+    void clear_unparkable(std::unique_lock<std::mutex>& lock, std::span<const ByteRange> parts);
     void collect_fences(const Extent& extent, std::vector<FencePtr>& fences) const;
     Bytes try_make_writable(ByteRange pages, std::span<const Stream> streams);
 
@@ -205,7 +239,7 @@ class VirtualMemoryPool {
     Bytes give_back_parked(Bytes wanted, IdleTime idle_until = any_time);
     Bytes give_back_excess();
     std::optional<Bytes> try_give_back(Extent& extent) noexcept;
-    void give_back_idle_aliases(bool on_worker);
+    void give_back_unparkable(bool on_worker);
     bool try_give_up(Extent extent) noexcept;
     void discard(Extent extent) noexcept;
     bool work_step();
@@ -214,9 +248,30 @@ class VirtualMemoryPool {
 
     // compaction.cpp
     void restore_access();
-    Status try_retile(Bytes begin, Bytes& freed);
-    Status try_copy_out(const Extent& from, std::vector<Extent>& fresh);
+    Status try_retile(Bytes begin, Bytes& freed, bool on_host);
+    Status try_copy_out(const Extent& from, std::vector<Extent>& fresh, bool on_host);
     Status try_swap_in(Extent& old, std::vector<Extent>& fresh);
+
+    // pause.cpp, resume.cpp
+    class Moving;
+    class Unlocked;
+    struct Waking;
+    void require_awake(ByteRange bytes) const;
+    void note_sleep() { any_asleep_.store(!dormant_.area().empty(), std::memory_order_release); }
+    void wait_until_still(std::unique_lock<std::mutex>& lock);
+    void wait_until_still(std::unique_lock<std::mutex>& lock, std::span<const ByteRange> parts);
+    void wait_for_work_in(std::unique_lock<std::mutex>& lock, const std::vector<PausePart>& parts);
+    std::vector<DormantRun> runs_to_pause(const std::vector<PausePart>& parts) const;
+    void back_up(std::unique_lock<std::mutex>& lock, std::vector<DormantRun>& runs);
+    void give_back_idle_in(ByteRange range);
+    Bytes try_resume(const std::vector<ByteRange>& parts, Grant* grant, Bytes& made);
+    Bytes try_make(Waking& waking, Grant* grant);
+    void map_shared(Waking& waking);
+    Status try_fill(std::unique_lock<std::mutex>& lock, Waking& waking) noexcept;
+    void undo(Waking& waking) noexcept;
+    Status try_wait_for_copies(std::unique_lock<std::mutex>& lock, bool scrubbing) noexcept;
+    // spilling.cpp
+    Bytes try_unspill(const std::vector<ByteRange>& parts, Bytes& moved);
 
     const MeteredDriverPtr driver_;
     const PoolOptions options_;
@@ -229,6 +284,11 @@ class VirtualMemoryPool {
     std::condition_variable prefetched_;
     PageTable table_;
     RetireQueue retiring_;
+    Dormant dormant_;
+    std::shared_ptr<PinnedBuffers> pinned_;
+    std::atomic<bool> any_asleep_{false};  // as dormant_ has it; also read without the lock
+    bool moving_ = false;                  // a pause or a resume copies, without the lock
+    std::condition_variable moved_;
     std::vector<std::pair<Bytes, FencePtr>> scrubbing_;  // extents, by begin, that the service stream may still touch
     std::deque<ByteRange> prefetches_;
     bool closed_ = false;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 namespace elastikv {
 namespace {
@@ -46,9 +47,9 @@ BlockLayout BlockLayout::fit(std::uint64_t blocks, Bytes block, Bytes page, Byte
     return layout;
 }
 
-BlockPool::BlockPool(const ModelPtr& model, const BlockLayout& layout)
+BlockPool::BlockPool(const ModelPtr& model, const BlockLayout& layout, std::string tag)
     : layout_(layout),
-      region_(model->reserve(layout.blocks * layout.stride)),
+      region_(model->reserve(layout.blocks * layout.stride, std::move(tag))),
       asynchronous_(model->pool().device().asynchronous),
       map_(layout.blocks, layout.blocks_per_extent()),
       freed_on_(map_.extents()) {}
@@ -90,6 +91,7 @@ void BlockPool::allocate(std::span<BlockId> out, Stream stream) {
 
 Bytes BlockPool::try_allocate(std::span<BlockId> out, Stream stream) {
     require_open();
+    region_->require_awake();
     const std::uint64_t free = map_.blocks() - map_.held();
     if (out.size() > free) {
         throw OutOfVirtualMemory(out.size() * layout_.stride,
@@ -163,6 +165,7 @@ void BlockPool::free(std::span<const BlockId> ids, std::span<const Stream> strea
     process_.require_same_process();
     const std::lock_guard lock(mutex_);
     require_open();
+    region_->require_awake();
     std::vector<std::uint64_t> emptied;
     if (const auto wrong = map_.drop(ids, emptied)) refuse(ids, *wrong, "free");
     if (!emptied.empty()) {
@@ -213,6 +216,7 @@ void BlockPool::touch(std::span<const BlockId> ids) {
     process_.require_same_process();
     const std::lock_guard lock(mutex_);
     require_open();
+    region_->require_awake();
     if (const auto wrong = map_.touch(ids)) refuse(ids, *wrong, "touch");
 }
 

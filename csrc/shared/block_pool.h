@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -46,12 +47,14 @@ struct BlockStats {
 // before the release of its blocks, on the streams that they were freed on, has finished. A stream that was named here
 // must outlive the pool.
 //
+// While the model, or the pool's tag, is paused, allocate, free and touch throw ModelPaused.
+//
 // Every operation is all or nothing. Thread safe; the mutex comes before the model's and is not held while room is made
 // in the budget.
 class BlockPool {
   public:
     // Reserves addresses; nothing is mapped. Throws as Model::reserve.
-    BlockPool(const ModelPtr& model, const BlockLayout& layout);
+    BlockPool(const ModelPtr& model, const BlockLayout& layout, std::string tag = "");
     // As close(). Never throws: what can't be waited for keeps its addresses.
     ~BlockPool();
     BlockPool(const BlockPool&) = delete;

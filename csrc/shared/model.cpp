@@ -1,6 +1,7 @@
 #include "shared/model.h"
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 namespace elastikv {
@@ -62,12 +63,69 @@ void Model::deallocate(Bytes offset, Bytes size, std::span<const Stream> streams
     free_.add(pages);
 }
 
-std::unique_ptr<Region> Model::reserve(Bytes size) {
+std::unique_ptr<Region> Model::reserve(Bytes size, std::string tag) {
     if (size == 0) throw InvalidSize("a region needs at least 1 byte");
     require_registered();
     const Bytes begin = take_addresses(size);
-    return std::make_unique<Region>(shared_from_this(), align_outward({begin, begin + size}, pool_->page_size()));
+    const ByteRange pages = align_outward({begin, begin + size}, pool_->page_size());
+    const std::lock_guard lock(mutex_);
+    regions_.emplace(pages.begin, std::pair(pages, std::move(tag)));
+    return std::make_unique<Region>(shared_from_this(), pages);
 }
+
+// What is to be paused or woken: regions with a tag, or everything. In order.
+std::vector<PausePart> Model::parts_of(const std::vector<std::string>& tags) const {
+    process_.require_same_process();
+    const std::lock_guard lock(mutex_);
+    std::vector<PausePart> parts;
+    std::vector<std::string> unknown = tags;
+    Bytes reached = 0;
+    for (const auto& [begin, region] : regions_) {
+        const auto& [range, tag] = region;
+        std::erase(unknown, tag);
+        if (!tags.empty() && std::find(tags.begin(), tags.end(), tag) == tags.end()) continue;
+        if (tags.empty() && reached < begin) parts.push_back({{reached, begin}});
+        parts.push_back({range, /*one_owner=*/true});
+        reached = range.end;
+    }
+    if (!unknown.empty()) {
+        std::set<std::string> known;
+        for (const auto& [begin, region] : regions_) known.insert("'" + region.second + "'");
+        std::string list;
+        for (const std::string& each : known) list += (list.empty() ? "" : ", ") + each;
+        throw InvalidArgument("model '" + name_ + "' has nothing with the tag '" + unknown.front() +
+                              "'; its tags are: " + (list.empty() ? "none" : list));
+    }
+    if (tags.empty() && reached < pool_->capacity()) parts.push_back({{reached, pool_->capacity()}});
+    return parts;
+}
+
+namespace {
+
+std::vector<ByteRange> ranges_of(const std::vector<PausePart>& parts) {
+    std::vector<ByteRange> ranges;
+    for (const PausePart& part : parts) ranges.push_back(part.range);
+    return ranges;
+}
+
+}  // namespace
+
+Bytes Model::pause(Keep keep, const std::vector<std::string>& tags) {
+    (void)parts_of(tags);  // a bad tag has no effect
+    for (const auto& holder : account_->idle_holders()) holder->release_idle(~Bytes{0});
+    return pool_->pause(parts_of(tags), keep);
+}
+
+Bytes Model::resume(const std::vector<std::string>& tags, const WaitOptions* wait) {
+    if (tags.empty()) return pool_->resume({{0, pool_->capacity()}}, wait);
+    return pool_->resume(ranges_of(parts_of(tags)), wait);
+}
+
+Bytes Model::spill(Bytes wanted, const std::vector<std::string>& tags) {
+    return pool_->spill(ranges_of(parts_of(tags)), wanted);
+}
+
+Bytes Model::unspill(const std::vector<std::string>& tags) { return pool_->unspill(ranges_of(parts_of(tags))); }
 
 void Model::unregister() {
     process_.require_same_process();
@@ -130,6 +188,16 @@ Bytes Model::take_addresses(Bytes size) {
     return *place;
 }
 
+void Model::forget_region(ByteRange pages) {
+    try {
+        pool_->forget_pause(pages.begin, pages.size());
+    } catch (const PoolClosed&) {  // NOLINT(bugprone-empty-catch): of a process that this one was forked from
+    }
+    const std::lock_guard lock(mutex_);
+    regions_.erase(pages.begin);
+    free_.add(pages);
+}
+
 void Model::return_addresses(ByteRange pages) {
     const std::lock_guard lock(mutex_);
     free_.add(pages);
@@ -151,7 +219,7 @@ Region::~Region() {
             return;  // the addresses stay taken, so the memory is not handed to anyone
         }
     }
-    model_->return_addresses(range_);
+    model_->forget_region(range_);
 }
 
 // The same bytes, by their offset in the pool. The neighbours' addresses are not this region's to touch.
@@ -191,6 +259,16 @@ void Region::alias(Bytes to, const Region& source, Bytes from, Bytes size, Bytes
 
 void Region::make_writable(Bytes offset, Bytes size, std::span<const Stream> streams) {
     model_->pool().make_writable(within(offset, size).begin, size, streams);
+}
+
+Bytes Region::spill(std::vector<ByteRange> parts) {
+    for (ByteRange& part : parts) part = within(part.begin, part.size());
+    return model_->pool().spill(parts);
+}
+
+Bytes Region::unspill(std::vector<ByteRange> parts) {
+    for (ByteRange& part : parts) part = within(part.begin, part.size());
+    return model_->pool().unspill(parts);
 }
 
 void Region::prefetch(Bytes offset, Bytes size) {

@@ -1,9 +1,12 @@
 // A model's share of a SharedMemoryPool: a range of addresses, placement in it, and regions for tensors.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "pool/virtual_memory_pool.h"
 #include "shared/account.h"
@@ -41,8 +44,20 @@ class Model : public std::enable_shared_from_this<Model> {
     void deallocate(Bytes offset, Bytes size, std::span<const Stream> streams = default_stream,
                     std::shared_ptr<ReleaseGate> gate = nullptr);
 
-    // Reserves `size` bytes of addresses, rounded up to pages, for one owner; nothing is resident yet.
-    std::unique_ptr<Region> reserve(Bytes size);
+    // Reserves `size` bytes of addresses, rounded up to pages, for one owner; nothing is resident yet. `tag` names it,
+    // and others of its kind, to pause() and the like; what allocate() gives has none.
+    std::unique_ptr<Region> reserve(Bytes size, std::string tag = "");
+
+    // The memory of regions with these tags sleeps, or, without tags, all of the model's: see VirtualMemoryPool::pause,
+    // resume, spill. Heaps give back first what they hold idle. pause() and resume() return the physical bytes given
+    // back and made, and do nothing for what sleeps, or is awake, already; spill() and unspill() those moved. Throws
+    // InvalidArgument for a tag that no region has.
+    Bytes pause(Keep keep, const std::vector<std::string>& tags = {});
+    Bytes resume(const std::vector<std::string>& tags = {}, const WaitOptions* wait = nullptr);
+    Bytes spill(Bytes wanted, const std::vector<std::string>& tags = {});
+    Bytes unspill(const std::vector<std::string>& tags = {});
+    // Whether anything of it sleeps.
+    bool paused() const { return pool_->is_paused(0, pool_->capacity()); }
 
     // Frees what allocate() gave out, ends the reserve, and refuses new allocations and growth. Regions keep what they
     // have.
@@ -55,14 +70,17 @@ class Model : public std::enable_shared_from_this<Model> {
     // Takes the lowest free place; throws OutOfVirtualMemory.
     Bytes take_addresses(Bytes size);
     void return_addresses(ByteRange pages);
+    void forget_region(ByteRange pages);
+    std::vector<PausePart> parts_of(const std::vector<std::string>& tags) const;
 
     const ProcessGuard process_;
     const std::string name_;
     const AccountPtr account_;
     const std::shared_ptr<VirtualMemoryPool> pool_;
     mutable std::mutex mutex_;
-    IntervalSet free_;       // addresses that nobody holds, whole pages
-    IntervalSet allocated_;  // bytes that allocate() gave out
+    IntervalSet free_;                                            // addresses that nobody holds, whole pages
+    IntervalSet allocated_;                                       // bytes that allocate() gave out
+    std::map<Bytes, std::pair<ByteRange, std::string>> regions_;  // by begin: range and tag
     bool registered_ = true;
 };
 
@@ -95,6 +113,11 @@ class Region {
     // VirtualMemoryPool::alias and make_writable.
     void alias(Bytes to, const Region& source, Bytes from, Bytes size, Bytes shared, const AllocateOptions& options);
     void make_writable(Bytes offset, Bytes size, std::span<const Stream> streams);
+    // Throws ModelPaused where any of it sleeps.
+    void require_awake() const { model_->pool().require_awake(range_.begin, range_.size()); }
+    // See VirtualMemoryPool::spill and unspill.
+    Bytes spill(std::vector<ByteRange> parts);
+    Bytes unspill(std::vector<ByteRange> parts);
     // What is left when the region dies is released on these streams.
     void set_final_streams(std::vector<Stream> streams) { final_streams_ = std::move(streams); }
 

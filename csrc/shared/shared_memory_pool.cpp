@@ -13,6 +13,7 @@ SharedMemoryPool::SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolO
     }
     budget_ = name_.empty() ? std::make_shared<PhysicalBudget>(physical_limit)
                             : PhysicalBudget::join(name_, physical_limit, driver_->capabilities());
+    options_.pinned = std::make_shared<PinnedBuffers>(driver_);
     options_.scrub_fresh = true;  // what the device hands out may be another model's
 }
 
@@ -92,7 +93,11 @@ GlobalMemoryStats SharedMemoryPool::global_stats() const {
         const MemoryStats each = pool->stats();
         stats.parked += each.parked;
         stats.retiring += each.retiring;
+        stats.spilled += each.spilled;
+        stats.paused += each.paused;
+        stats.backup += each.backup;
     }
+    stats.pinned = options_.pinned->stats().pinned;
     const std::lock_guard lock(mutex_);
     stats.num_models = models_.size();
     return stats;
@@ -126,6 +131,11 @@ std::map<std::string, QuotaStats> SharedMemoryPool::quotas() const {
 Bytes SharedMemoryPool::trim() {
     process_.require_same_process();
     return budget_->trim();
+}
+
+void SharedMemoryPool::keep_pinned(Bytes bytes) {
+    process_.require_same_process();
+    options_.pinned->keep(bytes);
 }
 
 void SharedMemoryPool::allow_peer(int device) {

@@ -20,6 +20,10 @@ struct GlobalMemoryStats {
     Bytes available = 0;  // physical_limit - physical_usage; parked memory comes on top of it
     Bytes parked = 0;
     Bytes retiring = 0;
+    Bytes spilled = 0;  // in host memory, beneath device addresses
+    Bytes paused = 0;   // what it takes to resume what is paused
+    Bytes backup = 0;   // of it, what is kept in pinned host memory
+    Bytes pinned = 0;   // host memory that is pinned for backups, in use or not
     Bytes peak_physical = 0;
     Bytes reserved = 0;   // sum of the models' reserves
     Bytes committed = 0;  // sum of max(charged, reserve): what of the limit is spoken for
@@ -66,6 +70,9 @@ class SharedMemoryPool {
     std::map<std::string, QuotaStats> quotas() const;
     // Gives all parked memory back, and what holders keep idle; returns the bytes freed.
     Bytes trim();
+    // Pins so many bytes of host memory for backups of what is paused, rounded up, or unpins what is idle beyond: see
+    // PinnedBuffers::keep. Without it pause() pins what it needs, which then stays. Throws CudaError.
+    void keep_pinned(Bytes bytes);
     // The device of that index may read and write the memory of every model, present and future, and what other pools
     // of this device map from now on. Throws CudaError as VirtualMemoryPool::allow_peer does.
     void allow_peer(int device);

@@ -35,8 +35,10 @@ Bytes bytes_of_layer(const BlockShape& shape) {
 BlockTensors::BlockTensors(const ModelPtr& model, BlockShape shape)
     : shape_(std::move(shape)),
       layer_bytes_(bytes_of_layer(shape_)),
-      pool_(std::make_shared<BlockPool>(model, BlockLayout::fit(shape_.blocks, shape_.layers * layer_bytes_,
-                                                                model->pool().page_size(), shape_.extent))) {}
+      pool_(std::make_shared<BlockPool>(
+          model,
+          BlockLayout::fit(shape_.blocks, shape_.layers * layer_bytes_, model->pool().page_size(), shape_.extent),
+          shape_.tag)) {}
 
 c10::Storage BlockTensors::make_storage() const {
     const BlockLayout& layout = pool_->layout();

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "shared/block_pool.h"
@@ -17,7 +18,8 @@ struct BlockShape {
     std::uint64_t layers = 0;
     std::vector<std::int64_t> shape;  // of one layer's part of a block, as [2, block_size, heads, dim]
     at::ScalarType dtype = at::ScalarType::Undefined;
-    Bytes extent = 0;  // what is wanted; 0: see BlockLayout::fit
+    Bytes extent = 0;   // what is wanted; 0: see BlockLayout::fit
+    std::string tag{};  // see Model::reserve
 };
 
 // A block holds all layers' parts, one behind the other, so that one extent serves all layers of its tokens. The tensor

@@ -79,6 +79,7 @@ class CpuBlockAllocator final : public c10::Allocator {
         if (!block.model()->registered()) {
             throw ModelNotFound(block.model()->name(), "It was unregistered, and its block is still in use");
         }
+        block.model_heap().require_awake();
         try {
             HeapRequest request;
             request.requested = bytes;

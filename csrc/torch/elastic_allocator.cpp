@@ -19,7 +19,7 @@ c10::DataPtr ElasticAllocator::allocate(std::size_t bytes) {
         layout.unit = bytes;
         layout.stride = bytes;
         layout.max_length = 1;
-        auto block = std::make_unique<ElasticBlock>(model_, layout, TensorGeometry{}, scrub_);
+        auto block = std::make_unique<ElasticBlock>(model_, layout, TensorGeometry{}, scrub_, tag_);
         block->grow(1, true);
         return ElasticBlock::into_data_ptr(std::move(block));
     } catch (const OutOfPhysicalMemory& error) {

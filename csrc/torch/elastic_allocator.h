@@ -3,6 +3,9 @@
 
 #include <c10/core/Allocator.h>
 
+#include <string>
+#include <utility>
+
 #include "shared/model.h"
 
 namespace elastikv::torch {
@@ -11,7 +14,8 @@ namespace elastikv::torch {
 // for few large blocks, not for every activation. Holds the model; must outlive no tensor. Thread safe.
 class ElasticAllocator final : public c10::Allocator {
   public:
-    explicit ElasticAllocator(ModelPtr model, bool scrub = true) : model_(std::move(model)), scrub_(scrub) {}
+    explicit ElasticAllocator(ModelPtr model, bool scrub = true, std::string tag = "")
+        : model_(std::move(model)), scrub_(scrub), tag_(std::move(tag)) {}
 
     // The bytes are zero unless scrub is off. 0 bytes give a null pointer. Throws c10::OutOfMemoryError with who holds
     // what; other faults are VmmErrors.
@@ -22,6 +26,7 @@ class ElasticAllocator final : public c10::Allocator {
   private:
     const ModelPtr model_;
     const bool scrub_;
+    const std::string tag_;
 };
 
 }  // namespace elastikv::torch

@@ -17,8 +17,9 @@ void free_block(void* context) { delete static_cast<ElasticBlock*>(context); }
 
 }  // namespace
 
-ElasticBlock::ElasticBlock(const ModelPtr& model, RowLayout layout, TensorGeometry geometry, bool scrub)
-    : region_(model->reserve(total_addresses(layout))),
+ElasticBlock::ElasticBlock(const ModelPtr& model, RowLayout layout, TensorGeometry geometry, bool scrub,
+                           std::string tag)
+    : region_(model->reserve(total_addresses(layout), std::move(tag))),
       layout_(layout),
       geometry_(std::move(geometry)),
       scrub_(scrub) {}
@@ -46,6 +47,7 @@ std::vector<Stream> ElasticBlock::users() const {
 
 void ElasticBlock::grow(std::uint64_t length, bool exact, const WaitOptions* wait) {
     const std::lock_guard lock(mutex_);
+    region_->require_awake();
     require_none_staged();
     if (length <= length_) return;
     claim_rows(length, exact, wait);
@@ -78,6 +80,7 @@ void ElasticBlock::claim_rows(std::uint64_t length, bool exact, const WaitOption
 
 void ElasticBlock::stage(std::uint64_t length) {
     const std::lock_guard lock(mutex_);
+    region_->require_awake();
     require_none_staged();
     if (length > length_) claim_rows(length, /*exact=*/true, /*wait=*/nullptr);
     staged_ = std::max(length, length_);
@@ -108,6 +111,7 @@ void ElasticBlock::require_none_staged() const {
 
 void ElasticBlock::shrink(std::uint64_t length) {
     const std::lock_guard lock(mutex_);
+    region_->require_awake();
     require_none_staged();
     if (length >= length_) return;
     region_->release(row_parts(layout_.rows, length * layout_.unit, length_ * layout_.unit), users());
@@ -120,6 +124,16 @@ std::vector<ByteRange> ElasticBlock::row_parts(std::uint64_t rows, Bytes begin, 
         parts.push_back({layout_.row_offset(row) + begin, layout_.row_offset(row) + end});
     }
     return parts;
+}
+
+Bytes ElasticBlock::spill() {
+    const std::lock_guard lock(mutex_);
+    return length_ == 0 ? 0 : region_->spill(row_parts(layout_.rows, 0, length_ * layout_.unit));
+}
+
+Bytes ElasticBlock::unspill() {
+    const std::lock_guard lock(mutex_);
+    return length_ == 0 ? 0 : region_->unspill(row_parts(layout_.rows, 0, length_ * layout_.unit));
 }
 
 void ElasticBlock::prefetch(std::uint64_t length) {

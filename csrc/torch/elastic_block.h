@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "shared/model.h"
@@ -36,10 +37,11 @@ struct TensorGeometry {
 };
 
 // Owned by a storage's DataPtr, so it dies with the last view. Thread safe, its mutex is taken before the model's.
+// While it is paused, what changes its memory throws ModelPaused.
 class ElasticBlock {
   public:
     // Reserves addresses for max_length; nothing is resident. Throws OutOfVirtualMemory, ModelNotFound.
-    ElasticBlock(const ModelPtr& model, RowLayout layout, TensorGeometry geometry, bool scrub);
+    ElasticBlock(const ModelPtr& model, RowLayout layout, TensorGeometry geometry, bool scrub, std::string tag = "");
     // The memory retires until work on the current stream and on recorded ones is done.
     ~ElasticBlock();
 
@@ -62,6 +64,10 @@ class ElasticBlock {
     void drop_staged() noexcept;
     // Gives back what lies beyond `length` in every row, or in none. Throws CudaError.
     void shrink(std::uint64_t length);
+    // Moves the memory to the host beneath its addresses, and back; see VirtualMemoryPool::spill. Return the bytes
+    // moved.
+    Bytes spill();
+    Bytes unspill();
     // Maps pages up to `length` in the background.
     void prefetch(std::uint64_t length);
     // The memory is used on this stream too: it retires until work on it is done.

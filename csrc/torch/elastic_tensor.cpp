@@ -204,14 +204,14 @@ at::Tensor tensor_on(c10::Storage storage, caffe2::TypeMeta type) {
     return at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), type);
 }
 
-at::Tensor zeros(const ModelPtr& model, const Sizes& shape, at::ScalarType dtype) {
+at::Tensor zeros(const ModelPtr& model, const Sizes& shape, at::ScalarType dtype, const std::string& tag) {
     const auto type = plain_type(dtype);
     Bytes bytes = type.itemsize();
     for (const std::int64_t size : shape) {
         if (size < 0) throw InvalidArgument("a size below 0 in shape " + format(shape));
         bytes = checked_product(bytes, static_cast<Bytes>(size), shape);
     }
-    at::Tensor tensor = tensor_on(storage_of(ElasticAllocator(model).allocate(bytes), bytes), type);
+    at::Tensor tensor = tensor_on(storage_of(ElasticAllocator(model, true, tag).allocate(bytes), bytes), type);
     tensor.unsafeGetTensorImpl()->set_sizes_contiguous(shape);
     return tensor;
 }
@@ -220,7 +220,7 @@ ElasticStorage make_storage(const ModelPtr& model, const ElasticShape& wanted, a
     const std::int64_t dim = growing_dim(wanted);
     const auto type = plain_type(dtype);
     const Placement placed = place(wanted.max_shape, dim, type.itemsize(), model->pool().page_size());
-    auto block = std::make_unique<ElasticBlock>(model, placed.layout, placed.geometry, scrub);
+    auto block = std::make_unique<ElasticBlock>(model, placed.layout, placed.geometry, scrub, wanted.tag);
     block->grow(static_cast<std::uint64_t>(wanted.shape[dim]), true);
     const Bytes reach = placed.layout.reach(block->length());
     return {storage_of(ElasticBlock::into_data_ptr(std::move(block)), reach), wanted.shape, placed.geometry.strides,

@@ -5,6 +5,7 @@
 #include <c10/core/Storage.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "shared/model.h"
@@ -17,6 +18,7 @@ struct ElasticShape {
     std::vector<std::int64_t> max_shape;
     // The dimension that grows. Not set: the one in which the shapes differ, or the first if none does.
     std::optional<std::int64_t> dim;
+    std::string tag{};  // see Model::reserve
 };
 
 // A tensor on the model's device whose addresses are reserved for max_shape while only `shape` is resident. Strides are
@@ -70,7 +72,8 @@ class StagedGrowth {
 
 // A contiguous tensor of fixed size on the model's memory, by ElasticAllocator: zero, charged to the model, freed with
 // its last view. Throws InvalidArgument, OutOfVirtualMemory, ModelNotFound, c10::OutOfMemoryError.
-at::Tensor zeros(const ModelPtr& model, const std::vector<std::int64_t>& shape, at::ScalarType dtype);
+at::Tensor zeros(const ModelPtr& model, const std::vector<std::int64_t>& shape, at::ScalarType dtype,
+                 const std::string& tag = "");
 
 // The block behind a tensor or a view of one, or null.
 ElasticBlock* block_of(const at::Tensor& tensor);

@@ -9,6 +9,8 @@
 #include <unordered_map>
 #include <utility>
 
+#include "torch/model_heap.h"
+
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;  // as the CUDA runtime has it
 
@@ -53,7 +55,7 @@ void* allocate_segment(Slot& slot, std::size_t size, int device, cudaStream_t st
                       ", and its memory pool is in use on cuda:", device);
     std::unique_ptr<Region> segment;
     try {
-        segment = model->reserve(size);
+        segment = model->reserve(size, heap_tag);
         AllocateOptions options;
         options.stream = to_stream(stream);
         segment->claim(0, size, options);

@@ -12,7 +12,7 @@ ModelHeap::ModelHeap(std::unique_ptr<Region> region, const HeapOptions& options)
             options) {}
 
 ModelHeapPtr ModelHeap::make(const ModelPtr& model, Bytes addresses, const HeapOptions& options) {
-    ModelHeapPtr made(new ModelHeap(model->reserve(addresses), options));
+    ModelHeapPtr made(new ModelHeap(model->reserve(addresses, heap_tag), options));
     // The heap as part of what owns it: whoever asks it for memory keeps both alive meanwhile.
     if (const auto& budget = model->shared_pool()->budget()) {
         budget->add_idle_holder(std::shared_ptr<IdleHolder>(made, &made->heap_));

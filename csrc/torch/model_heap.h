@@ -25,6 +25,8 @@ class ModelHeap {
     const ModelPtr& model() const { return region_->model(); }
     Address base() const { return region_->base(); }
     Bytes addresses() const { return region_->size(); }
+    // Throws ModelPaused. Of what is idle in the heap nothing may be handed out while it sleeps.
+    void require_awake() const { region_->require_awake(); }
     bool contains(Address address) const { return address - region_->base() < region_->size(); }
 
   private:
@@ -33,6 +35,9 @@ class ModelHeap {
     const std::unique_ptr<Region> region_;
     Heap heap_;  // goes before the region
 };
+
+// Of all memory that is torch's own allocations within a model: see Model::pause.
+inline constexpr const char* heap_tag = "use";
 
 using ModelHeapPtr = std::shared_ptr<ModelHeap>;
 

@@ -40,8 +40,8 @@ SlotLayout slot_layout(std::uint64_t rows, std::uint64_t max_tokens, Bytes token
     return layout;
 }
 
-SlotBlock::SlotBlock(const ModelPtr& model, SlotLayout layout)
-    : region_(model->reserve(layout.size())),
+SlotBlock::SlotBlock(const ModelPtr& model, SlotLayout layout, std::string tag)
+    : region_(model->reserve(layout.size(), std::move(tag))),
       layout_(layout),
       page_(model->pool().page_size()),
       claimed_(layout.rows, 0) {}
@@ -85,6 +85,7 @@ std::vector<SlotBlock::Taken> SlotBlock::stage(std::span<const RowTokens> rows) 
 
 // All rows or none.
 std::vector<SlotBlock::Taken> SlotBlock::claim_rows(std::span<const RowTokens> rows, bool exact) {
+    require_awake();
     const Stream stream = current_stream(model()->pool().device());
     std::vector<Taken> taken;
     taken.reserve(rows.size());
@@ -135,6 +136,7 @@ void SlotBlock::drop_staged(std::span<const Taken> taken) noexcept {
 
 void SlotBlock::shrink(std::span<const RowTokens> rows) {
     const std::lock_guard lock(mutex_);
+    require_awake();
     std::vector<Bytes> left = claimed_;
     for (const RowTokens& wanted : rows) left[wanted.row] = std::min(left[wanted.row], pages_for(wanted.tokens));
     std::vector<ByteRange> parts;
@@ -149,6 +151,7 @@ void SlotBlock::shrink(std::span<const RowTokens> rows) {
 
 void SlotBlock::fork(std::uint64_t to, std::uint64_t from, std::uint64_t tokens) {
     const std::lock_guard lock(mutex_);
+    require_awake();
     const Bytes size = pages_for(tokens);
     if (to == from) throw InvalidArgument("slot " + std::to_string(to) + " can't be a fork of itself");
     if (claimed_[to] != 0) {
@@ -171,13 +174,37 @@ void SlotBlock::fork(std::uint64_t to, std::uint64_t from, std::uint64_t tokens)
 
 void SlotBlock::make_writable(std::uint64_t row, std::uint64_t begin, std::uint64_t end) {
     const std::lock_guard lock(mutex_);
+    require_awake();
     const Bytes first = begin * layout_.token;
     const Bytes last = std::min(end * layout_.token, claimed_[row]);
     if (first < last) region_->make_writable(layout_.row_offset(row) + first, last - first, users());
 }
 
+// Under the lock, so that a row does not grow meanwhile.
+Bytes SlotBlock::spill(std::span<const std::uint64_t> rows) {
+    const std::lock_guard lock(mutex_);
+    return region_->spill(parts_of(rows));
+}
+
+Bytes SlotBlock::unspill(std::span<const std::uint64_t> rows) {
+    const std::lock_guard lock(mutex_);
+    return region_->unspill(parts_of(rows));
+}
+
+// In order of their addresses, as the pool wants them.
+std::vector<ByteRange> SlotBlock::parts_of(std::span<const std::uint64_t> rows) const {
+    std::vector<std::uint64_t> sorted(rows.begin(), rows.end());
+    std::sort(sorted.begin(), sorted.end());
+    std::vector<ByteRange> parts;
+    for (const std::uint64_t row : sorted) {
+        if (claimed_[row] > 0) parts.push_back({layout_.row_offset(row), layout_.row_offset(row) + claimed_[row]});
+    }
+    return parts;
+}
+
 void SlotBlock::prefetch(std::span<const RowTokens> rows) {
     const std::lock_guard lock(mutex_);
+    require_awake();
     for (const RowTokens& wanted : rows) {
         const Bytes begin = claimed_[wanted.row];
         const Bytes end = pages_for(wanted.tokens);

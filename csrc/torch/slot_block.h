@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "shared/model.h"
@@ -37,11 +38,12 @@ struct RowTokens {
 };
 
 // Owned by a storage's DataPtr, so it dies with the last view. Thread safe, its mutex is taken before the model's.
-// Rows and tokens are within the layout: the caller has checked them.
+// While it is paused, what changes its memory throws ModelPaused. Rows and tokens are within the layout: the caller has
+// checked them.
 class SlotBlock {
   public:
     // Reserves the addresses; nothing is resident. Throws OutOfVirtualMemory, ModelNotFound.
-    SlotBlock(const ModelPtr& model, SlotLayout layout);
+    SlotBlock(const ModelPtr& model, SlotLayout layout, std::string tag = "");
     // The memory retires until work on the current stream and on recorded ones is done.
     ~SlotBlock();
 
@@ -71,6 +73,11 @@ class SlotBlock {
     // The row's own copy of what it shares between the two tokens, beneath the same addresses, after the work of all
     // streams that use the slots. Costs nothing where nothing is shared. Errors are VirtualMemoryPool::make_writable's.
     void make_writable(std::uint64_t row, std::uint64_t begin, std::uint64_t end);
+    // Moves the rows' memory to the host beneath its addresses, and back; see VirtualMemoryPool::spill. Return the
+    // bytes moved.
+    Bytes spill(std::span<const std::uint64_t> rows);
+    Bytes unspill(std::span<const std::uint64_t> rows);
+    void require_awake() const { region_->require_awake(); }
     // Maps pages up to so many tokens in the background; a hint.
     void prefetch(std::span<const RowTokens> rows);
     // Bytes that the row holds, whole pages.
@@ -85,6 +92,7 @@ class SlotBlock {
   private:
     std::vector<Stream> users() const;
     void add_stream(Stream stream);
+    std::vector<ByteRange> parts_of(std::span<const std::uint64_t> rows) const;
     Bytes pages_for(std::uint64_t tokens) const;
     std::vector<Taken> claim_rows(std::span<const RowTokens> rows, bool exact);
     void give_back(std::span<const Taken> taken);

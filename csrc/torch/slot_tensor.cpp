@@ -10,7 +10,8 @@
 namespace elastikv::torch {
 
 SlotStorage make_slot_storage(const ModelPtr& model, std::int64_t rows, std::int64_t max_tokens,
-                              std::int64_t token_elements, at::ScalarType dtype, Bytes largest_extent) {
+                              std::int64_t token_elements, at::ScalarType dtype, Bytes largest_extent,
+                              std::string tag) {
     if (rows < 1 || max_tokens < 1 || token_elements < 1) {
         throw InvalidArgument("slots need rows, max_tokens and token_elements of at least 1, not " +
                               std::to_string(rows) + ", " + std::to_string(max_tokens) + ", " +
@@ -23,7 +24,7 @@ SlotStorage make_slot_storage(const ModelPtr& model, std::int64_t rows, std::int
     const SlotLayout layout =
         slot_layout(static_cast<std::uint64_t>(rows), static_cast<std::uint64_t>(max_tokens),
                     static_cast<Bytes>(token_elements) * type.itemsize(), model->pool().page_size(), largest_extent);
-    auto owned = std::make_unique<SlotBlock>(model, layout);
+    auto owned = std::make_unique<SlotBlock>(model, layout, std::move(tag));
     SlotBlock* const block = owned.get();
     return {storage_of(SlotBlock::into_data_ptr(std::move(owned)), layout.size()), block, type, token_elements};
 }
@@ -31,6 +32,7 @@ SlotStorage make_slot_storage(const ModelPtr& model, std::int64_t rows, std::int
 SlotTensor::SlotTensor(SlotStorage made) : made_(std::move(made)) {}
 
 at::Tensor SlotTensor::window(std::int64_t offset, const std::vector<std::int64_t>& shape) {
+    made_.block->require_awake();
     std::int64_t elements = 1;
     bool fits = offset >= 0;
     for (const std::int64_t size : shape) {
@@ -92,6 +94,22 @@ void SlotTensor::make_writable(std::int64_t row, std::int64_t begin, std::int64_
     checked({row, row}, {begin, end}, "make_writable");
     made_.block->make_writable(static_cast<std::uint64_t>(row), static_cast<std::uint64_t>(begin),
                                static_cast<std::uint64_t>(end));
+}
+
+Bytes SlotTensor::spill(const std::vector<std::int64_t>& rows) {
+    return made_.block->spill(checked_rows(rows, "spill"));
+}
+
+Bytes SlotTensor::unspill(const std::vector<std::int64_t>& rows) {
+    return made_.block->unspill(checked_rows(rows, "unspill"));
+}
+
+std::vector<std::uint64_t> SlotTensor::checked_rows(const std::vector<std::int64_t>& rows, const char* doing) const {
+    std::vector<std::uint64_t> found;
+    for (const RowTokens& row : checked(rows, std::vector<std::int64_t>(rows.size(), 0), doing)) {
+        found.push_back(row.row);
+    }
+    return found;
 }
 
 std::int64_t SlotTensor::resident(std::int64_t row) const {

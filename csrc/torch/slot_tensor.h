@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "torch/slot_block.h"
@@ -21,7 +22,8 @@ struct SlotStorage {
 };
 // Throws InvalidArgument, OutOfVirtualMemory, ModelNotFound.
 SlotStorage make_slot_storage(const ModelPtr& model, std::int64_t rows, std::int64_t max_tokens,
-                              std::int64_t token_elements, at::ScalarType dtype, Bytes largest_extent = 0);
+                              std::int64_t token_elements, at::ScalarType dtype, Bytes largest_extent = 0,
+                              std::string tag = "");
 
 // Owns the storage, and hands out windows on it. Each row has memory for as many tokens as it was grown to; the rest of
 // its addresses are reserved, and touching them is a fault. Never scrubbed: what is read, its owner wrote before.
@@ -40,7 +42,7 @@ class SlotTensor {
 
     // [rows * pitch, *shape]: of every token the elements from `offset` on. It reaches over addresses without memory,
     // so it is for kernels that are told the lengths, and for cutting exact views from. Kept for as long as this lives.
-    // Throws InvalidArgument for what is not within a token.
+    // Throws InvalidArgument for what is not within a token, ModelPaused.
     at::Tensor window(std::int64_t offset, const std::vector<std::int64_t>& shape);
 
     // Tokens by row, as in SlotBlock. Throws InvalidArgument for lists of unequal length, rows and tokens that are
@@ -51,6 +53,8 @@ class SlotTensor {
     // Of single rows, as in SlotBlock. Throws InvalidArgument for what is outside, too.
     void fork(std::int64_t to, std::int64_t from, std::int64_t tokens);
     void make_writable(std::int64_t row, std::int64_t begin, std::int64_t end);
+    Bytes spill(const std::vector<std::int64_t>& rows);
+    Bytes unspill(const std::vector<std::int64_t>& rows);
     // Tokens that the row has memory for.
     std::int64_t resident(std::int64_t row) const;
     // Tensors on the memory besides the windows.
@@ -58,6 +62,7 @@ class SlotTensor {
 
   private:
     friend class StagedSlots;
+    std::vector<std::uint64_t> checked_rows(const std::vector<std::int64_t>& rows, const char* doing) const;
     std::vector<RowTokens> checked(const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& tokens,
                                    const char* doing) const;
 

@@ -12,12 +12,21 @@ Result<std::shared_ptr<PhysicalExtent>> PhysicalExtent::try_create(MeteredDriver
     return std::shared_ptr<PhysicalExtent>(new PhysicalExtent(std::move(driver), handle, size));
 }
 
+Result<std::shared_ptr<PhysicalExtent>> PhysicalExtent::try_create_on_host(MeteredDriverPtr driver, Bytes size) {
+    ExtentHandle handle;
+    const Status status = driver->create_on_host(size, handle);
+    if (!status.ok()) return status;
+    auto extent = std::shared_ptr<PhysicalExtent>(new PhysicalExtent(std::move(driver), handle, size));
+    extent->counted_ = false;
+    return extent;
+}
+
 Result<std::shared_ptr<PhysicalExtent>> PhysicalExtent::try_import(MeteredDriverPtr driver, int fd, Bytes size) {
     ExtentHandle handle;
     const Status status = driver->import_fd(fd, size, handle);
     if (!status.ok()) return status;
     auto extent = std::shared_ptr<PhysicalExtent>(new PhysicalExtent(std::move(driver), handle, size));
-    extent->imported_ = true;
+    extent->counted_ = false;
     return extent;
 }
 
@@ -33,7 +42,7 @@ Status PhysicalExtent::try_release() noexcept {
     const Status status = driver_->release(handle_);
     if (!status.ok()) return status;
     owned_ = false;
-    if (!imported_) driver_->note_released(size_);
+    if (counted_) driver_->note_released(size_);
     return status;
 }
 

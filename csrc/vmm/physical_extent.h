@@ -13,6 +13,8 @@ namespace elastikv {
 class PhysicalExtent {
   public:
     static Result<std::shared_ptr<PhysicalExtent>> try_create(MeteredDriverPtr driver, Bytes size);
+    // In host memory that the device reaches; see VmmDriver::create_on_host.
+    static Result<std::shared_ptr<PhysicalExtent>> try_create_on_host(MeteredDriverPtr driver, Bytes size);
     // What another process, or another driver, has exported; `fd` stays the caller's.
     static Result<std::shared_ptr<PhysicalExtent>> try_import(MeteredDriverPtr driver, int fd, Bytes size);
     // Releases what try_release has not; a refusal is counted as abandoned bytes.
@@ -37,7 +39,7 @@ class PhysicalExtent {
     ExtentHandle handle_;
     Bytes size_;
     bool owned_ = true;
-    bool imported_ = false;
+    bool counted_ = true;  // as the device's memory that was created, and is released
 };
 
 }  // namespace elastikv

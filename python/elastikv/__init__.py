@@ -50,6 +50,8 @@ from elastikv._core import (  # noqa: E402
     record_stream,
     resident_bytes,
     shrink_,
+    spill,
+    unspill,
     zeros,
 )
 from elastikv.device_pools import DevicePools  # noqa: E402
@@ -89,7 +91,9 @@ __all__ = [
     "record_stream",
     "resident_bytes",
     "shrink_",
+    "spill",
     "torch",  # noqa: F405 (loaded when asked for)
+    "unspill",
     "zeros",
     *errors.__all__,
 ]

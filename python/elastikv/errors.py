@@ -21,6 +21,7 @@ __all__ = [
     "MappingFailed",
     "ModelAlreadyExists",
     "ModelNotFound",
+    "ModelPaused",
     "NotMapped",
     "OutOfPhysicalMemory",
     "OutOfVirtualMemory",
@@ -107,6 +108,10 @@ class ModelNotFound(VmmError, KeyError):
 
 class ModelAlreadyExists(VmmError, ValueError):
     """A model of that name is registered already."""
+
+
+class ModelPaused(VmmError):
+    """Used while its memory is paused; `Model.resume()` comes first."""
 
 
 class WaitCancelled(VmmError):

@@ -228,6 +228,65 @@ DRIVER_TEST("zero and copy run in order on the service stream", "[driver]") {
     REQUIRE(driver.free_addresses(base, 2 * page).ok());
 }
 
+DRIVER_TEST("host memory is mapped at device addresses, read, written and copied", "[driver][host-memory]") {
+    const Bytes page = unit(driver);
+    ExtentHandle refused{4711};
+    CHECK_FALSE(driver.create_on_host(0, refused).ok());
+    CHECK_FALSE(driver.create_on_host(page + 1, refused).ok());
+    CHECK(refused.value == 4711);
+    ExtentHandle handle;
+    if (!driver.capabilities().host_numa) {
+        CHECK(driver.create_on_host(page, handle).code == StatusCode::unsupported);
+        return;
+    }
+    const Address base = reserve(driver, 4 * page);
+    const ExtentHandle device = create(driver, 2 * page);
+    REQUIRE(driver.create_on_host(2 * page, handle).ok());
+    map(driver, base, 2 * page, device);
+    map(driver, base + 2 * page, 2 * page, handle);
+    fill(driver.capabilities(), base, 2 * page, 0x31);
+    REQUIRE(driver.copy(base + 2 * page, base, 2 * page).ok());
+    REQUIRE(driver.zero(base + 2 * page, page).ok());
+    REQUIRE(driver.copy(base, base + 2 * page, page).ok());
+    wait_for_service(driver);
+    CHECK(all_bytes_are(driver.capabilities(), base, page, 0));
+    CHECK(all_bytes_are(driver.capabilities(), base + page, page, 0x31));
+    CHECK(all_bytes_are(driver.capabilities(), base + 3 * page, page, 0x31));
+    REQUIRE(driver.unmap(base, 4 * page).ok());
+    REQUIRE(driver.release(device).ok());
+    REQUIRE(driver.release(handle).ok());
+    REQUIRE(driver.free_addresses(base, 4 * page).ok());
+}
+
+DRIVER_TEST("pinned memory takes and gives what is mapped, on a stream of its own", "[driver][host-memory]") {
+    const Bytes page = unit(driver);
+    Address pinned = 4711;
+    CHECK_FALSE(driver.pin(0, pinned).ok());
+    CHECK(pinned == 4711);
+    REQUIRE(driver.pin(3 * page + 100, pinned).ok());
+    const Address base = reserve(driver, 2 * page);
+    const ExtentHandle handle = create(driver, 2 * page);
+    map(driver, base, 2 * page, handle);
+    fill(driver.capabilities(), base, page, 1);
+    fill(driver.capabilities(), base + page, page, 2);
+    REQUIRE(driver.transfer(pinned + 100, base, 2 * page).ok());
+    REQUIRE(driver.transfer(base + page, pinned + 100, page).ok());  // in order
+    REQUIRE(driver.transfer(base, pinned + 100 + page, 10).ok());
+    Fence fence;
+    REQUIRE(driver.record_fence(driver.transfer_stream(), fence).ok());
+    REQUIRE(driver.wait_fence(fence).ok());
+    REQUIRE(driver.destroy_fence(fence).ok());
+    CHECK(host_pointer(pinned)[100] == 1);
+    CHECK(host_pointer(pinned)[100 + 2 * page - 1] == 2);
+    CHECK(all_bytes_are(driver.capabilities(), base + page, page, 1));
+    CHECK(all_bytes_are(driver.capabilities(), base, 10, 2));
+    CHECK(all_bytes_are(driver.capabilities(), base + 10, page - 10, 1));
+    REQUIRE(driver.unmap(base, 2 * page).ok());
+    REQUIRE(driver.release(handle).ok());
+    REQUIRE(driver.free_addresses(base, 2 * page).ok());
+    REQUIRE(driver.unpin(pinned, 3 * page + 100).ok());
+}
+
 DRIVER_TEST("where fresh memory is said to be zero, it is, also the second time round", "[driver]") {
     if (!driver.capabilities().fresh_is_zero) return;
     const Bytes page = unit(driver);

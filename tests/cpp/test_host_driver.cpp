@@ -176,6 +176,8 @@ TEST_CASE("in a forked child every host call answers unavailable and the parent 
     int shared = -1;
     REQUIRE(driver.export_fd(mapped.handle, shared).ok());
     const UniqueFd exported(shared);
+    Address pinned = 0;
+    REQUIRE(driver.pin(page, pinned).ok());
     const int refusals = in_child([&] {
         int fd = -1;
         Address address = 0;
@@ -202,6 +204,10 @@ TEST_CASE("in a forked child every host call answers unavailable and the parent 
             driver.export_fd(mapped.handle, fd),
             driver.import_fd(exported.get(), mapped.size, handle),
             driver.allow_peer(0),
+            driver.create_on_host(page, handle),
+            driver.pin(page, address),
+            driver.unpin(pinned, page),
+            driver.transfer(pinned, mapped.base, page),
         };
         int refused = 0;
         for (const Status& answer : answers) refused += answer.code == StatusCode::unavailable ? 1 : 0;
@@ -211,6 +217,7 @@ TEST_CASE("in a forked child every host call answers unavailable and the parent 
     CHECK(all_bytes_are(driver.capabilities(), mapped.base, mapped.size, 0x42));
     CHECK(driver.live_extents() == 1);
     CHECK(driver.live_mappings() == 1);
+    REQUIRE(driver.unpin(pinned, page).ok());
     mapped.take_down();
 }
 

@@ -80,13 +80,15 @@ class Slots:
         """Reserves the addresses, once shapes and dtype are known. Nothing is resident yet."""
         # Not inference tensors, so that both worlds may write to them.
         with torch.inference_mode(False):
+            elements = sum(shape.elements for shape in shapes)
             tensor = elastikv.SlotTensor(
                 self.model,
                 self.rows + 1,
                 self.max_tokens + 1,
-                sum(shape.elements for shape in shapes),
+                elements,
                 dtype,
                 largest_extent=self.largest_extent,
+                tag="kv",
             )
             offset = 0
             keys, values = [], []

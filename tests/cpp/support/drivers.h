@@ -34,6 +34,7 @@ inline void require_nothing_left(const HostDriver& host) {
     REQUIRE(host.live_mappings() == 0);
     REQUIRE(host.live_extents() == 0);
     REQUIRE(host.live_reservations() == 0);
+    REQUIRE(host.live_pins() == 0);
 }
 
 inline void run_over_host(void (*body)(VmmDriver&)) {

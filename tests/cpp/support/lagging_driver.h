@@ -23,6 +23,7 @@ namespace elastikv::testing {
 class LaggingDriver final : public ForwardingDriver {
   public:
     static constexpr Stream service{1000};
+    static constexpr Stream transfers{1001};
 
     explicit LaggingDriver(DriverPtr inner) : ForwardingDriver(std::move(inner)) {
         capabilities_ = ForwardingDriver::capabilities();
@@ -31,6 +32,7 @@ class LaggingDriver final : public ForwardingDriver {
 
     const Capabilities& capabilities() const noexcept override { return capabilities_; }
     Stream service_stream() const noexcept override { return service; }
+    Stream transfer_stream() const noexcept override { return transfers; }
 
     // `run` touches [address, address + size) when the stream gets there.
     void enqueue(Stream stream, Address address, Bytes size, std::function<void()> run) {
@@ -66,6 +68,13 @@ class LaggingDriver final : public ForwardingDriver {
         const auto run = [=] { std::memcpy(host_pointer(to), host_pointer(from), size); };
         push(service, {ByteRange{to, to + size}, run, 0, 0});
         push(service, {ByteRange{from, from + size}, [] {}, 0, 0});
+        return Status::success();
+    }
+    Status transfer(Address to, Address from, Bytes size) noexcept override {
+        const std::lock_guard lock(mutex_);
+        const auto run = [=] { std::memcpy(host_pointer(to), host_pointer(from), size); };
+        push(transfers, {ByteRange{to, to + size}, run, 0, 0});
+        push(transfers, {ByteRange{from, from + size}, [] {}, 0, 0});
         return Status::success();
     }
     Status unmap(Address address, Bytes size) noexcept override {

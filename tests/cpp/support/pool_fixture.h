@@ -84,7 +84,8 @@ struct PoolFixture {
             stats = pool->stats();
         } while (charged != budget->charged());
         if (const std::string wrong = pool->check(); !wrong.empty()) FAIL(wrong);
-        REQUIRE(stats.physical_usage + stats.aliased == stats.used + stats.retiring + stats.parked + stats.stranded);
+        REQUIRE(stats.physical_usage + stats.aliased + stats.spilled ==
+                stats.used + stats.retiring + stats.parked + stats.stranded);
         REQUIRE(stats.physical_usage == charged);
         REQUIRE(stats.live <= stats.used);
         REQUIRE(stats.mapped_pages * stats.page_size == stats.physical_usage);
