@@ -39,7 +39,7 @@ const char* name_of(StatusCode code) noexcept {
         case StatusCode::out_of_memory: return "out of memory";
         case StatusCode::invalid_argument: return "invalid argument";
         case StatusCode::unsupported: return "unsupported";
-        case StatusCode::unavailable: return "unavailable";
+        case StatusCode::unavailable: return "unavailable (the device is gone, or this process was forked)";
         case StatusCode::failed: return "failed";
     }
     return "unknown status";

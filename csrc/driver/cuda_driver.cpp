@@ -30,6 +30,7 @@ Status status_of(DriverCall call, CUresult result) noexcept {
         case CUDA_ERROR_NOT_INITIALIZED:
         case CUDA_ERROR_NO_DEVICE:
         case CUDA_ERROR_INVALID_DEVICE:
+        case CUDA_ERROR_DEVICE_UNAVAILABLE:
         case CUDA_ERROR_CONTEXT_IS_DESTROYED: code = StatusCode::unavailable; break;
         case CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED:
         case CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:

@@ -41,10 +41,10 @@ TEST_CASE("blocks: threads never hold the same block, and lose none", "[blocks][
         }
         for (const std::vector<BlockId>& ids : mine) free(ids);
     };
+    auto region = at.model->reserve(64 * page);
+    region->claim(0, 4 * page, {});  // before the others take all there is
     const auto fork = [&](std::uint64_t seed) {
         Random random(seed);
-        const auto region = at.model->reserve(64 * page);
-        region->claim(0, 4 * page, {});
         for (std::uint64_t step = 0; step < test_steps(2000); ++step) {
             const Bytes to = (1 + random.below(15)) * 4 * page;
             try {
@@ -60,6 +60,7 @@ TEST_CASE("blocks: threads never hold the same block, and lose none", "[blocks][
     for (const std::uint64_t seed : {1U, 2U, 3U}) threads.emplace_back(work, seed);
     threads.emplace_back(fork, 4U);
     for (std::thread& thread : threads) thread.join();
+    region.reset();
     CHECK(collisions == 0);
     CHECK(at.pool->stats().held == 0);
     at.require_sound();

@@ -42,7 +42,7 @@ def test_a_model_never_reads_anothers_bytes(device, page_size, kind):
         if device != "cpu":
             torch.cuda.synchronize(device)
         names, last, handed = list(STAMPS), "", 0
-        while handed < HAND_OVERS // 2:  # each kind its half
+        while handed < HAND_OVERS:
             name = dice.choice([each for each in names if each != last])
             last, length = name, dice.randint(1, pages)
             with on[name]:

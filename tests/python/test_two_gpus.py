@@ -70,6 +70,47 @@ def test_a_split_llama_decodes_and_its_ranks_grow_in_step(kind, tmp_path):
     assert [(tmp_path / f"done-{rank}").exists() for rank in range(2)] == [True, True]
 
 
+@pytest.fixture
+def lone_rank():
+    """A process group of this process alone."""
+    from elastikv.distributed import Ranks
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield Ranks(timeout=30)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_rank_by_itself_decodes_as_without_a_group(device, lone_rank):
+    """On a GPU: graphs, what is told of rows that have ended, and growth that is asked for ahead, with one GPU."""
+    pytest.importorskip("transformers")
+    from elastikv.hf import ElasticCache, generate
+    from hf_networks import make_network, prompts
+
+    network = make_network("gqa", device)
+    tokens, mask = prompts(device)
+    page = 4096 if device == "cpu" else 2 * MIB
+    with elastikv.SharedMemoryPool(256 * page, device) as pool:
+        model = pool.register_model("chat", 1 << 40)
+        caches = [
+            ElasticCache(network.config, model=model, max_batch=3, max_tokens=512, ranks=ranks)
+            for ranks in (None, lone_rank)
+        ]
+        for new, options in ((60, {"stop": []}), (200, {"stop": [9, 31, 77]}), (40, {"temperature": 1.0, "seed": 5})):
+            for cache in caches:
+                cache.reset()
+            answers = [
+                generate(network, tokens, cache, attention_mask=mask, max_new_tokens=new, pad=0, **options)
+                for cache in caches
+            ]
+            assert torch.equal(*answers)
+            assert caches[0].slots.lengths == caches[1].slots.lengths
+        assert 0 < lone_rank.decisions < 60
+        for cache in caches:
+            cache.close()
+        del cache
+
+
 # ---- limits
 
 
