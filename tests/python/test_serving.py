@@ -89,7 +89,7 @@ def test_draws_follow_the_probabilities(device):
     from elastikv.serving.request import Asked
 
     device = torch.device(device)
-    count, logits = 4000, torch.tensor([1.0, 3.0, 2.0, -1.0, 2.5], device=device)
+    count, logits = 2000, torch.tensor([1.0, 3.0, 2.0, -1.0, 2.5], device=device)
     choice = Choice(Kind(draws=True), 1, 5, device)
 
     def shares(**options) -> list[float]:
@@ -105,13 +105,13 @@ def test_draws_follow_the_probabilities(device):
         wanted = torch.full((5,), -torch.inf)
         wanted[kept] = logits.cpu()[kept] / options["temperature"]
         for found, right in zip(shares(**options), wanted.softmax(0).tolist()):
-            assert abs(found - right) < 0.03
+            assert abs(found - right) < 0.04
 
 
 # ---- joining, leaving, making way
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_any_course_of_events_gives_the_same_tokens(llama, device, seed):
     """Random joins, cancels, deadlines and preemptions in a pool that is too small for all."""
     page_size = 4096 if device == "cpu" else 2 << 20
@@ -124,10 +124,10 @@ def test_any_course_of_events_gives_the_same_tokens(llama, device, seed):
         )  # fmt: skip
         common = prompt(100, 60)
         requests = []
-        for _ in range(400):
+        for _ in range(250):
             clock.now += 1
             event = rng.random()
-            if event < 0.15 and len(requests) < 24:
+            if event < 0.2 and len(requests) < 20:
                 shared_tokens = rng.choice([0, 0, 20, 60])
                 text = common[:shared_tokens] + prompt(len(requests), rng.randint(1, 50))
                 deadline = clock.now + rng.randint(1, 200) if rng.random() < 0.2 else None
@@ -190,6 +190,20 @@ def test_what_is_promised_whole_is_never_interrupted(llama, device, page_size):
         run_until_idle(engine)
         assert all(request.finish is Finish.LENGTH for request in requests)
         assert engine.counts.pauses == engine.counts.restarts == 0
+        closed(pool, engine)
+
+
+def test_places_that_nobody_takes_do_not_lack_memory(llama, device, page_size):
+    """Five rows in a decoder of more places, in a pool that holds the rows to the page, and one more."""
+    per_page = page_size // (3 * 2 * 2 * 16 * llama.dtype.itemsize)
+    with make_pool(device, page_size, pages=5 * 6 + 1) as pool:
+        engine = make_engine(
+            pool, llama, max_batch=5, max_tokens=8 * per_page, promise=None, prefix_entries=0, chunk=8 * per_page
+        )
+        requests = [engine.submit(prompt(i, 5 * per_page), max_new_tokens=min(per_page, 20)) for i in range(5)]
+        run_until_idle(engine)
+        assert all(request.finish is Finish.LENGTH for request in requests)
+        assert engine.counts.pauses == engine.counts.restarts == 0 and engine.counts.admitted == 5
         closed(pool, engine)
 
 
@@ -294,7 +308,7 @@ def test_what_can_never_be_served_is_refused(llama, device, shared, page_size):
     ):
         with pytest.raises(elastikv.InvalidArgument, match=complaint):
             engine.submit(tokens, **options)
-    engine.handle.set_quota(limit=page_size)
+    engine.handle.set_quota(limit=2 * page_size)
     big = make_engine(shared, llama, "big", max_tokens=100_000)
     big.handle.set_quota(limit=page_size)
     with pytest.raises(elastikv.OutOfPhysicalMemory, match="may hold"):
@@ -316,17 +330,17 @@ def test_what_can_never_be_served_is_refused(llama, device, shared, page_size):
 
 def test_engines_share_one_pool(device, page_size):
     networks = [make_network("gqa", device), make_network("sliding", device)]
-    with make_pool(device, page_size, pages=24) as pool:
+    with make_pool(device, page_size, pages=18) as pool:
         engines = [make_engine(pool, network, f"m{i}", prefix_entries=2) for i, network in enumerate(networks)]
         requests = [
             (network, engine.submit(prompt(i, 30 + i), max_new_tokens=40))
-            for i in range(8)
+            for i in range(5)
             for network, engine in zip(networks, engines)
         ]
         run_until_idle(*engines)
         for network, request in requests:
             assert same(request.answer, expected(network, list(request.asked.prompt), 40), device)
-        assert pool.global_stats().peak_physical <= 24 * page_size
+        assert pool.global_stats().peak_physical <= 18 * page_size
         closed(pool, *engines)
 
 

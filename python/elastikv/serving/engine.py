@@ -145,7 +145,8 @@ class Engine:
                 f"max_tokens={self.slots.max_tokens}"
             )
         page, most = self.handle.page_size, self.handle.quota().limit
-        need = -(-asked.most_stored * self.slots.token_bytes // page) * page
+        # A page more for the places in a decoder that nobody takes.
+        need = (-(-asked.most_stored * self.slots.token_bytes // page) + 1) * page
         if need > most:
             raise OutOfPhysicalMemory(
                 f"a request of up to {asked.most_stored} tokens needs {need} bytes; model {self.name!r} may hold {most}"
