@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import elastikv
+from conftest import settled_usage
 
 pytest.importorskip("transformers")
 
@@ -366,6 +368,18 @@ def test_engines_in_threads_stream_their_tokens(device, page_size):
         for (which, index), answer in answers.items():
             assert same(answer, expected(networks[which], prompt(index, 20 + index), 30), device)
         closed(pool, *engines)
+
+
+def test_an_engine_that_is_dropped_gives_its_memory_back(llama, device, shared):
+    engine = make_engine(shared, llama)
+    engine.submit(prompt(1, 40), max_new_tokens=5).result()
+    engine.submit(prompt(2, 40), max_new_tokens=50)
+    engine.advance()
+    handle = engine.handle
+    assert handle.stats().used > 0
+    del engine
+    gc.collect()
+    assert settled_usage(shared, handle) == handle.stats().parked
 
 
 def test_a_model_with_other_attention_is_refused(llama, device, shared):

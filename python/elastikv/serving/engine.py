@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,13 @@ class Engine:
         self._holder: int | None = None
         self._woken = threading.Event()
         self._closed = False
-        self._reclaim = handle.on_reclaim(self._give_prefixes)
+        itself = weakref.ref(self)  # so that an engine that is dropped goes
+
+        def give(wanted: int) -> int:
+            engine = itself()
+            return 0 if engine is None else engine._give_prefixes(wanted)
+
+        self._reclaim = handle.on_reclaim(give)
 
     # ---- from outside
 
