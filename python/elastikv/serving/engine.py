@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -111,11 +112,23 @@ class Engine:
     # ---- from outside
 
     @classmethod
-    def addresses(cls, config: Any, dtype: torch.dtype, *, max_batch: int, max_tokens: int, prefix_entries: int) -> int:
-        """Bytes of addresses that an engine with these settings takes: a model's virtual_capacity at least."""
+    def addresses(
+        cls,
+        config: Any,
+        dtype: torch.dtype,
+        *,
+        max_batch: int,
+        max_tokens: int,
+        prefix_entries: int,
+        page: int = 2 << 20,
+    ) -> int:
+        """Bytes of addresses that an engine with these settings takes: a model's virtual_capacity at least.
+
+        page: the pool's, or a multiple of it.
+        """
         token = kv_geometry(config).token_bytes(dtype)
-        rows = max_batch + prefix_entries + 1
-        return rows * (-(-(max_tokens + 1) * token // (2 << 20)) + token) * (2 << 20)
+        period = math.lcm(token, page)  # rows begin on a page and on a token
+        return (max_batch + prefix_entries + 1) * -(-(max_tokens + 1) * token // period) * period
 
     def submit(
         self,
