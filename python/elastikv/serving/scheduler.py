@@ -254,12 +254,16 @@ class Scheduler:
         return True
 
     def _decode(self) -> bool:
+        moved = False
         while self._lanes.members:
             try:
                 self._lanes.step()
             except OutOfPhysicalMemory:
-                if not self._make_way():
-                    return False
+                if self._lanes.settle():  # some may have their last token by now, and need no more memory
+                    self.release_finished()
+                    moved = True
+                elif not self._make_way():
+                    return moved
                 continue
             except Exception as error:  # the model's
                 members = list(self._lanes.members)
@@ -269,7 +273,7 @@ class Scheduler:
                 return True
             self.counts.steps += 1
             return True
-        return False
+        return moved
 
     def took(self, request: Request, token: int) -> None:
         """A decode step has stored its last token, and brought this one."""
