@@ -38,7 +38,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     table = [cells("engine", engine)]
     table += [cells(name, result["ways"][name], engine) for name in OTHERS if name in result["ways"]]
     for point in result["shares"]:
-        size = f"{point['limit_bytes'] / (1 << 20):.0f} MiB"
+        size = f"{point['limit_bytes'] / (1 << 20):.4g} MiB"
         table.append(cells(f"three models, one pool of {size}", point["pool"]))
         table.append(cells("the same in static thirds", point["static thirds"], point["pool"]))
     return table
@@ -57,7 +57,7 @@ def bars(result: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
     for point in result["shares"]:
         pool, static = point["pool"], point["static thirds"]
         ratio = pool["served"] / max(static["served"], 1)
-        where = f"pool of {point['limit_bytes'] >> 20} MiB against thirds"
+        where = f"pool of {point['limit_bytes'] / (1 << 20):.4g} MiB against thirds"
         found.append((f"{where}: requests served, at least", ratio, 1.0, ratio >= 1.0))
     return found
 

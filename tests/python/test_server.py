@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,11 +23,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
+CollectorRegistry = pytest.importorskip("prometheus_client").CollectorRegistry
 
 from elastikv.server.app import Served, make_app  # noqa: E402
 from elastikv.server.models import load_model  # noqa: E402
 from elastikv.server.text import Stream, Texts  # noqa: E402
 from elastikv.serving import Engine, Runner  # noqa: E402
+from elastikv.trace import TraceRequest, summary  # noqa: E402
 from serving_tools import expected  # noqa: E402
 
 PAGE = 4096
@@ -65,14 +70,13 @@ def served(network):
         engine = Engine(network, handle, max_batch=4, max_tokens=512)
         with Runner(engine) as runner:
             served = Served(engine, runner, Texts(None, 512), [])
-            served.app = make_app(served, pool)
+            served.app, served.pool, served.network = make_app(served, pool), pool, network
             yield served
         engine.close()
 
 
 def run(served, work):
     """work(client) within one event loop."""
-    import asyncio
 
     async def main():
         transport = httpx.ASGITransport(app=served.app)
@@ -252,3 +256,32 @@ def test_settings_that_can_not_be(arguments, complaint):
 
     result = CliRunner().invoke(app, ["serve", *arguments])
     assert result.exit_code == 2 and complaint in result.output
+
+
+def test_the_load_generator_tells_what_became_of_each_request(served, monkeypatch):
+    """One model takes long requests, which the other, of 64 tokens, refuses."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples" / "serving"))
+    load = importlib.import_module("load")
+    handle = served.pool.register_model("short", 1 << 40)
+    engine = Engine(served.network, handle, max_batch=2, max_tokens=64, prefix_entries=0)
+    with Runner(engine) as runner:
+        short = Served(engine, runner, Texts(None, 512), [])
+        requests = [TraceRequest(index / 100, 40 + 30 * (index % 2), 5) for index in range(12)]
+
+        async def main():
+            transports = [
+                httpx.ASGITransport(app=app) for app in (served.app, make_app(short, served.pool, CollectorRegistry()))
+            ]
+            clients = [httpx.AsyncClient(transport=each, base_url="http://test") for each in transports]
+            servers = [await load.find_model(client) for client in clients]
+            assert [server.model for server in servers] == ["tiny", "short"]
+            return await load.replay(servers, requests, shift=0.02)
+
+        outcomes = asyncio.run(main())
+    engine.close()
+    assert {one.model for one in outcomes} == {0, 1}
+    for request, one in zip(requests, outcomes):
+        fits = one.model == 0 or request.context_tokens + 5 <= 65
+        assert (one.end is not None) == fits and one.tokens == (5 if fits else 0)
+        assert one.due == request.arrival and (one.first is None or one.due <= one.first <= one.end)
+    assert 0 < summary(outcomes)["refused"] < 12

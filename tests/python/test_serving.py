@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ import elastikv
 pytest.importorskip("transformers")
 
 from elastikv.hf import Sampling
-from elastikv.serving import Finish, Runner, State, run_until_idle
+from elastikv.serving import Finish, State, run_until_idle
 from hf_networks import make_network
 from serving_tools import Clock, closed, expected, make_engine, make_pool, prompt, same
 
@@ -89,7 +87,7 @@ def test_draws_follow_the_probabilities(device):
     from elastikv.serving.request import Asked
 
     device = torch.device(device)
-    count, logits = 4000, torch.tensor([1.0, 3.0, 2.0, -1.0, 2.5], device=device)
+    count, logits = 2000, torch.tensor([1.0, 3.0, 2.0, -1.0, 2.5], device=device)
     choice = Choice(Kind(draws=True), 1, 5, device)
 
     def shares(**options) -> list[float]:
@@ -105,7 +103,7 @@ def test_draws_follow_the_probabilities(device):
         wanted = torch.full((5,), -torch.inf)
         wanted[kept] = logits.cpu()[kept] / options["temperature"]
         for found, right in zip(shares(**options), wanted.softmax(0).tolist()):
-            assert abs(found - right) < 0.03
+            assert abs(found - right) < 0.04
 
 
 # ---- joining, leaving, making way
@@ -122,12 +120,13 @@ def test_any_course_of_events_gives_the_same_tokens(llama, device, seed):
             pool, llama, clock=clock, keep_pages=seed % 2 == 0, promise=rng.choice([1, 8, 64, None]),
             prefix_entries=rng.choice([0, 2, 16]), max_batch=rng.choice([1, 3, 8]),
         )  # fmt: skip
+        engine._lanes._lag = 1 if device != "cpu" else seed % 2  # the host reads a step late, as on a GPU
         common = prompt(100, 60)
         requests = []
-        for _ in range(400):
+        for _ in range(250):
             clock.now += 1
             event = rng.random()
-            if event < 0.15 and len(requests) < 24:
+            if event < 0.2 and len(requests) < 20:
                 shared_tokens = rng.choice([0, 0, 20, 60])
                 text = common[:shared_tokens] + prompt(len(requests), rng.randint(1, 50))
                 deadline = clock.now + rng.randint(1, 200) if rng.random() < 0.2 else None
@@ -157,8 +156,8 @@ def test_any_course_of_events_gives_the_same_tokens(llama, device, seed):
         closed(pool, engine)
 
 
-@pytest.mark.parametrize("keep_pages", [True, False])
-def test_a_pool_that_runs_dry_interrupts_the_youngest(llama, device, page_size, keep_pages):
+@pytest.mark.parametrize(("keep_pages", "lag"), [(True, 0), (True, 1), (False, 0), (False, 1)])
+def test_a_pool_that_runs_dry_interrupts_the_youngest(llama, device, page_size, keep_pages, lag):
     token = 3 * 2 * 2 * 16 * llama.dtype.itemsize
     per_page = page_size // token
     row = 2 * per_page  # what each has in the end
@@ -167,6 +166,7 @@ def test_a_pool_that_runs_dry_interrupts_the_youngest(llama, device, page_size, 
             pool, llama, max_tokens=3 * per_page, promise=1, prefix_entries=0, keep_pages=keep_pages,
             chunk=per_page,
         )  # fmt: skip
+        engine._lanes._lag = lag  # as on a GPU, where the host reads a step late
         start = per_page - 4
         requests = [engine.submit(prompt(i, start), max_new_tokens=12 if device != "cpu" else row - start)
                     for i in range(4)]  # fmt: skip
@@ -190,6 +190,22 @@ def test_what_is_promised_whole_is_never_interrupted(llama, device, page_size):
         run_until_idle(engine)
         assert all(request.finish is Finish.LENGTH for request in requests)
         assert engine.counts.pauses == engine.counts.restarts == 0
+        closed(pool, engine)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_places_that_nobody_takes_do_not_lack_memory(llama, device, page_size, lag):
+    """Five rows in a decoder of more places, in a pool that holds the rows to the page, and one more."""
+    per_page = page_size // (3 * 2 * 2 * 16 * llama.dtype.itemsize)
+    with make_pool(device, page_size, pages=5 * 6 + 1) as pool:
+        engine = make_engine(
+            pool, llama, max_batch=5, max_tokens=8 * per_page, promise=None, prefix_entries=0, chunk=8 * per_page
+        )
+        engine._lanes._lag = lag
+        requests = [engine.submit(prompt(i, 5 * per_page), max_new_tokens=min(per_page, 20)) for i in range(5)]
+        run_until_idle(engine)
+        assert all(request.finish is Finish.LENGTH for request in requests)
+        assert engine.counts.pauses == engine.counts.restarts == 0 and engine.counts.admitted == 5
         closed(pool, engine)
 
 
@@ -294,7 +310,7 @@ def test_what_can_never_be_served_is_refused(llama, device, shared, page_size):
     ):
         with pytest.raises(elastikv.InvalidArgument, match=complaint):
             engine.submit(tokens, **options)
-    engine.handle.set_quota(limit=page_size)
+    engine.handle.set_quota(limit=2 * page_size)
     big = make_engine(shared, llama, "big", max_tokens=100_000)
     big.handle.set_quota(limit=page_size)
     with pytest.raises(elastikv.OutOfPhysicalMemory, match="may hold"):
@@ -309,67 +325,3 @@ def test_what_can_never_be_served_is_refused(llama, device, shared, page_size):
     engine.close()
     with pytest.raises(elastikv.InvalidArgument, match="max_batch=0"):
         make_engine(shared, llama, "third", max_batch=0)
-
-
-# ---- several engines, threads
-
-
-def test_engines_share_one_pool(device, page_size):
-    networks = [make_network("gqa", device), make_network("sliding", device)]
-    with make_pool(device, page_size, pages=24) as pool:
-        engines = [make_engine(pool, network, f"m{i}", prefix_entries=2) for i, network in enumerate(networks)]
-        requests = [
-            (network, engine.submit(prompt(i, 30 + i), max_new_tokens=40))
-            for i in range(8)
-            for network, engine in zip(networks, engines)
-        ]
-        run_until_idle(*engines)
-        for network, request in requests:
-            assert same(request.answer, expected(network, list(request.asked.prompt), 40), device)
-        assert pool.global_stats().peak_physical <= 24 * page_size
-        closed(pool, *engines)
-
-
-def test_engines_in_threads_stream_their_tokens(device, page_size):
-    networks = [make_network("gqa", device), make_network("mha", device)]
-    with make_pool(device, page_size, pages=30) as pool:
-        engines = [
-            make_engine(pool, network, f"m{i}", patience=0.05, clock=time.monotonic)
-            for i, network in enumerate(networks)
-        ]
-        answers: dict[tuple[int, int], list[int]] = {}
-
-        def client(which: int, index: int) -> None:
-            request = engines[which].submit(prompt(index, 20 + index), max_new_tokens=30)
-            answers[which, index] = list(request)
-
-        with Runner(engines[0]), Runner(engines[1]):
-            threads = [threading.Thread(target=client, args=(i, j)) for i in range(2) for j in range(5)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        for (which, index), answer in answers.items():
-            assert same(answer, expected(networks[which], prompt(index, 20 + index), 30), device)
-        closed(pool, *engines)
-
-
-def test_a_model_with_other_attention_is_refused(llama, device, shared):
-    plain = make_network("gqa", device)
-    plain.set_attn_implementation("sdpa")
-    with pytest.raises(elastikv.InvalidArgument, match="elastikv"):
-        make_engine(shared, plain)
-
-
-@pytest.mark.cuda
-def test_graphs_are_captured_once_for_each_batch_size():
-    network = make_network("gqa", "cuda:0")
-    with make_pool("cuda:0", 2 << 20) as pool:
-        engine = make_engine(pool, network, max_batch=8, prefix_entries=0)
-        for _ in range(2):
-            requests = [engine.submit(prompt(i, 10 + i), max_new_tokens=20) for i in range(8)]
-            run_until_idle(engine)
-            assert all(len(one.answer) == 20 for one in requests)
-            captures = engine.graphs
-        assert 1 <= captures <= 8
-        closed(pool, engine)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -53,7 +54,7 @@ class Server:
     def run(self) -> None:
         """Until all jobs are done. Raises OutOfPhysicalMemory only if a job does not fit even when it is alone."""
         with self._attention():
-            engines = [_engine(service) for service in self._services]
+            engines = [_engine(service, lambda: float(self.clock)) for service in self._services]
             try:
                 self._serve(engines)
             finally:
@@ -124,7 +125,8 @@ class Server:
                 model.set_attn_implementation(implementation)
 
 
-def _engine(service: Service) -> Engine:
+def _engine(service: Service, clock: Callable[[], float]) -> Engine:
+    """No patience, as a Round sees to it that engines do not hold each other up."""
     return Engine(
         service.role.model,
         service.handle,
@@ -132,4 +134,6 @@ def _engine(service: Service) -> Engine:
         max_tokens=service.row,
         promise=PROMISE,
         prefix_entries=0,
+        patience=math.inf,
+        clock=clock,
     )

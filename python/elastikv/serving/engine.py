@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -99,16 +101,34 @@ class Engine:
         self._holder: int | None = None
         self._woken = threading.Event()
         self._closed = False
-        self._reclaim = handle.on_reclaim(self._give_prefixes)
+        itself = weakref.ref(self)  # so that an engine that is dropped goes
+
+        def give(wanted: int) -> int:
+            engine = itself()
+            return 0 if engine is None else engine._give_prefixes(wanted)
+
+        self._reclaim = handle.on_reclaim(give)
 
     # ---- from outside
 
     @classmethod
-    def addresses(cls, config: Any, dtype: torch.dtype, *, max_batch: int, max_tokens: int, prefix_entries: int) -> int:
-        """Bytes of addresses that an engine with these settings takes: a model's virtual_capacity at least."""
+    def addresses(
+        cls,
+        config: Any,
+        dtype: torch.dtype,
+        *,
+        max_batch: int,
+        max_tokens: int,
+        prefix_entries: int,
+        page: int = 2 << 20,
+    ) -> int:
+        """Bytes of addresses that an engine with these settings takes: a model's virtual_capacity at least.
+
+        page: the pool's, or a multiple of it.
+        """
         token = kv_geometry(config).token_bytes(dtype)
-        rows = max_batch + prefix_entries + 1
-        return rows * (-(-(max_tokens + 1) * token // (2 << 20)) + token) * (2 << 20)
+        period = math.lcm(token, page)  # rows begin on a page and on a token
+        return (max_batch + prefix_entries + 1) * -(-(max_tokens + 1) * token // period) * period
 
     def submit(
         self,
@@ -145,7 +165,8 @@ class Engine:
                 f"max_tokens={self.slots.max_tokens}"
             )
         page, most = self.handle.page_size, self.handle.quota().limit
-        need = -(-asked.most_stored * self.slots.token_bytes // page) * page
+        # A page more for the places in a decoder that nobody takes.
+        need = (-(-asked.most_stored * self.slots.token_bytes // page) + 1) * page
         if need > most:
             raise OutOfPhysicalMemory(
                 f"a request of up to {asked.most_stored} tokens needs {need} bytes; model {self.name!r} may hold {most}"

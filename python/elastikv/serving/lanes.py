@@ -25,7 +25,7 @@ class _Launched:
     def __init__(self, tokens: torch.Tensor, requests: Sequence[Request | None]) -> None:
         self.requests = list(requests)
         self._event: torch.cuda.Event | None = None
-        self._tokens = tokens
+        self._tokens = tokens if tokens.is_cuda else tokens.clone()  # the next step changes them
         if tokens.device.type == "cuda":
             self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             self._tokens.copy_(tokens, non_blocking=True)
@@ -79,10 +79,12 @@ class Lanes:
         while len(self._launched) > self._lag:
             self._collect()
 
-    def settle(self) -> None:
-        """Takes all tokens that are under way."""
+    def settle(self) -> bool:
+        """Takes all tokens that are under way; whether there were any."""
+        any_came = bool(self._launched)
         while self._launched:
             self._collect()
+        return any_came
 
     def clear(self) -> None:
         """Everyone leaves, whatever state a failed step left; lengths are as the host knows them."""

@@ -12,6 +12,9 @@ from elastikv.serving.prefix import PrefixIndex
 from elastikv.serving.prompts import Prompts
 from elastikv.serving.request import Finish, Request, State
 
+#: The most steps between two tries to get memory that there was not.
+LONGEST_PASS = 16
+
 
 @dataclass
 class EngineCounts:
@@ -58,6 +61,8 @@ class Scheduler:
         self._paused: list[Request] = []
         self._finished: list[Request] = []  # have their last token, and still their row
         self._stalled_since: float | None = None
+        self._refusals = 0  # claims of new memory that failed in a row
+        self._pass = 0  # steps until the next try
 
     # ---- for the engine
 
@@ -76,12 +81,11 @@ class Scheduler:
     def step(self) -> bool:
         """One step of everyone, as Engine says. Whether anything moved."""
         self._end_those_who_must()
-        moved = self._resume()
-        moved = self._admit() or moved
+        moved = self._claim_for_those_without()
         moved = self._prefill() or moved
         moved = self._decode() or moved
         self.release_finished()
-        if not self._lanes.members:
+        if not self.active:
             self._slots.trim_idle_row()
         if moved or not (self._waiting or self.active):
             self._stalled_since = None
@@ -125,6 +129,7 @@ class Scheduler:
             self._leave(request)
             if request.row >= 0:
                 row, request.row = request.row, -1
+                self._pass = self._refusals = 0
                 if request.finish is Finish.ERROR:
                     self._slots.release(row)
                 else:
@@ -151,6 +156,15 @@ class Scheduler:
             elif request.asked.deadline is not None and now >= request.asked.deadline:
                 self.end(request, Finish.DEADLINE)
         self.release_finished()
+
+    def _claim_for_those_without(self) -> bool:
+        """Who made way goes on, then others start. Where there was no memory, it is asked for less and less often while
+        others move, as asking may mean to ask other processes."""
+        if self._pass > 0 and (self._lanes.members or self._prefilling):
+            self._pass -= 1
+            return False
+        moved = self._resume()
+        return self._admit() or moved
 
     def _resume(self) -> bool:
         """Those who made way, the oldest first, as far as they can grow by some tokens."""
@@ -179,6 +193,8 @@ class Scheduler:
         """A row, with memory for all that is known of the request and for what it is promised."""
         running = ((one.row, one.asked.array[: one.stored]) for one in self.active)
         source, shared = self._prefixes.longest(request.tokens, running)
+        if not self.active and self._policy.max_batch > 1 and not self._claim(self._slots.idle_row, 1):
+            return False  # places in a decoder that nobody takes write there, so it must not be what lacks memory later
         row = self._slots.acquire()
         if shared:
             try:
@@ -205,10 +221,14 @@ class Scheduler:
         while True:
             try:
                 self._slots.claim(row, tokens)
-                return True
             except OutOfPhysicalMemory:
                 if not self._prefixes.evict_one():
+                    self._pass = min(1 << self._refusals, LONGEST_PASS)
+                    self._refusals += 1
                     return False
+                continue
+            self._refusals = 0
+            return True
 
     # ---- work
 
@@ -234,12 +254,16 @@ class Scheduler:
         return True
 
     def _decode(self) -> bool:
+        moved = False
         while self._lanes.members:
             try:
                 self._lanes.step()
             except OutOfPhysicalMemory:
-                if not self._make_way():
-                    return False
+                if self._lanes.settle():  # some may have their last token by now, and need no more memory
+                    self.release_finished()
+                    moved = True
+                elif not self._make_way():
+                    return moved
                 continue
             except Exception as error:  # the model's
                 members = list(self._lanes.members)
@@ -249,7 +273,7 @@ class Scheduler:
                 return True
             self.counts.steps += 1
             return True
-        return False
+        return moved
 
     def took(self, request: Request, token: int) -> None:
         """A decode step has stored its last token, and brought this one."""
