@@ -50,8 +50,8 @@ void bind_ledger(py::module_& module) {
 
     py::class_<LedgerClientStats>(
         module, "LedgerClient",
-        R"(A model in a ledger, at one moment. Its quota and `charged` are as they are; live, used, parked, retiring, stranded (bytes)
-and driver_calls are as its process told them `age` seconds ago, which is inf where it never has.)")
+        R"(A model in a ledger, at one moment. Its quota and `charged` are as they are; live, used, parked, retiring, stranded,
+spilled, paused, backup (bytes) and driver_calls are as its process told them `age` seconds ago, which is inf where it never has.)")
         .def_readonly("model", &LedgerClientStats::model)
         .def_readonly("pid", &LedgerClientStats::pid)
         .def_readonly("started", &LedgerClientStats::started)
@@ -69,6 +69,9 @@ and driver_calls are as its process told them `age` seconds ago, which is inf wh
         .def_readonly("parked", &LedgerClientStats::parked)
         .def_readonly("retiring", &LedgerClientStats::retiring)
         .def_readonly("stranded", &LedgerClientStats::stranded)
+        .def_readonly("spilled", &LedgerClientStats::spilled)
+        .def_readonly("paused", &LedgerClientStats::paused)
+        .def_readonly("backup", &LedgerClientStats::backup)
         .def_readonly("driver_calls", &LedgerClientStats::driver_calls)
         .def_readonly("age", &LedgerClientStats::age)
         .def("__repr__", &describe);

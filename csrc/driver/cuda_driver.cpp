@@ -62,6 +62,7 @@ bool find_host_properties(CUdevice device, const CUmemAllocationProp& like, Byte
     if (cu.cuDeviceGetAttribute_(&node, CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, device) != CUDA_SUCCESS || node < 0) node = 0;
     out = like;
     out.location = {CU_MEM_LOCATION_TYPE_HOST_NUMA, {node}};
+    out.requestedHandleTypes = CU_MEM_HANDLE_TYPE_NONE;  // it is never exported
     size_t unit = 0;
     return cu.cuMemGetAllocationGranularity_(&unit, &out, CU_MEM_ALLOC_GRANULARITY_MINIMUM) == CUDA_SUCCESS &&
            unit > 0 && granularity % unit == 0;

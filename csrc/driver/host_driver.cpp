@@ -322,23 +322,12 @@ Status HostDriver::copy(Address to, Address from, Bytes size) noexcept {
 
 Status HostDriver::pin(Bytes size, Address& out) noexcept {
     ELASTIKV_REFUSE_IN_CHILD(DriverCall::pin);
-    if (size == 0) return refuse(DriverCall::pin);
-    void* const got = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (got == MAP_FAILED) return error_status(DriverCall::pin, errno);
-    const std::lock_guard lock(mutex_);
-    out = static_cast<Address>(reinterpret_cast<std::uintptr_t>(got));
-    pinned_.emplace(out, size);
-    return Status::success();
+    return pins_.pin(size, out);
 }
 
 Status HostDriver::unpin(Address address, Bytes size) noexcept {
     ELASTIKV_REFUSE_IN_CHILD(DriverCall::unpin);
-    const std::lock_guard lock(mutex_);
-    const auto it = pinned_.find(address);
-    if (it == pinned_.end() || it->second != size) return refuse(DriverCall::unpin);
-    if (munmap(pointer(address), size) != 0) return error_status(DriverCall::unpin, errno);
-    pinned_.erase(it);
-    return Status::success();
+    return pins_.unpin(address, size);
 }
 
 Status HostDriver::transfer(Address to, Address from, Bytes size) noexcept {
@@ -404,23 +393,6 @@ bool HostDriver::is_reserved(Address address, Bytes size) const {
     if (!wanted || it == reservations_.begin() || address % capabilities_.granularity != 0) return false;
     --it;
     return ByteRange{it->first, it->first + it->second}.contains(*wanted);
-}
-
-std::size_t HostDriver::live_extents() const {
-    const std::lock_guard lock(mutex_);
-    return extents_.size();
-}
-std::size_t HostDriver::live_mappings() const {
-    const std::lock_guard lock(mutex_);
-    return mappings_.size();
-}
-std::size_t HostDriver::live_reservations() const {
-    const std::lock_guard lock(mutex_);
-    return reservations_.size();
-}
-std::size_t HostDriver::live_pins() const {
-    const std::lock_guard lock(mutex_);
-    return pinned_.size();
 }
 
 }  // namespace elastikv

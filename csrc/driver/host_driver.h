@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "base/interval_set.h"
+#include "driver/host_pins.h"
 #include "driver/vmm_driver.h"
 
 namespace elastikv {
@@ -56,10 +57,19 @@ class HostDriver final : public VmmDriver {
     Status synchronize() noexcept override;
 
     // What exists now, for tests that check that nothing is left.
-    std::size_t live_extents() const;
-    std::size_t live_mappings() const;
-    std::size_t live_reservations() const;
-    std::size_t live_pins() const;
+    std::size_t live_extents() const {
+        const std::lock_guard lock(mutex_);
+        return extents_.size();
+    }
+    std::size_t live_mappings() const {
+        const std::lock_guard lock(mutex_);
+        return mappings_.size();
+    }
+    std::size_t live_reservations() const {
+        const std::lock_guard lock(mutex_);
+        return reservations_.size();
+    }
+    std::size_t live_pins() const { return pins_.count(); }
 
   private:
     struct Extent {
@@ -89,6 +99,7 @@ class HostDriver final : public VmmDriver {
     std::uint64_t born_in_ = 0;  // fork generation
     int fd_ = -1;
     Bytes total_memory_ = 0;
+    HostPins pins_;
 
     mutable std::mutex mutex_;
     IntervalSet free_file_;
@@ -99,7 +110,6 @@ class HostDriver final : public VmmDriver {
     std::unordered_map<std::uint64_t, Extent> extents_;
     std::map<Address, MappedExtent> mappings_;
     std::map<Address, Bytes> reservations_;
-    std::map<Address, Bytes> pinned_;
 };
 
 }  // namespace elastikv

@@ -40,9 +40,9 @@ struct ExportedExtent {
 
 // Thread safe: one mutex guards all state. It is held during driver calls, which do not wait for device work, and never
 // while calling the budget's make_room or joining the worker. What waits for the device waits without it, but for three
-// rare ones: compact() and make_writable() for their own copies, an undo for scrubbing that it is about to unmap, and a
-// release on a stream that is gone. Lock order: SharedMemoryPool, Model, this, driver; two pools' locks are never held
-// together.
+// rare ones: compact(), make_writable() and spill() for their own copies, an undo for scrubbing that it is about to
+// unmap, and a release on a stream that is gone. Lock order: SharedMemoryPool, Model, this, driver; two pools' locks
+// are never held together.
 class VirtualMemoryPool {
   public:
     // Reserves `capacity` bytes of addresses, rounded up to pages; no physical memory. `budget` may be null: then only

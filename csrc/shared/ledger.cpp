@@ -142,7 +142,7 @@ Ledger::ClientId Ledger::open_client(const std::string& name, const Quota& quota
         put(mine.priority, quota.priority);
         for (std::atomic<std::uint64_t>* const each :
              {&mine.last_turn, &mine.grants, &mine.refusals, &mine.live, &mine.used, &mine.parked, &mine.retiring,
-              &mine.stranded, &mine.driver_calls, &mine.told}) {
+              &mine.stranded, &mine.spilled, &mine.paused, &mine.backup, &mine.driver_calls, &mine.told}) {
             put(*each, 0);
         }
         mine.name.fill(0);

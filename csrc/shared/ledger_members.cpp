@@ -244,6 +244,9 @@ void Ledger::tell(ClientId id, const MemoryStats& stats) noexcept {
     put(mine.parked, stats.parked);
     put(mine.retiring, stats.retiring);
     put(mine.stranded, stats.stranded);
+    put(mine.spilled, stats.spilled);
+    put(mine.paused, stats.paused);
+    put(mine.backup, stats.backup);
     put(mine.driver_calls, calls);
     put(mine.told, steady_now());
 }

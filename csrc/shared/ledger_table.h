@@ -61,6 +61,9 @@ struct alignas(64) LedgerClient {
     std::atomic<Bytes> parked{0};
     std::atomic<Bytes> retiring{0};
     std::atomic<Bytes> stranded{0};
+    std::atomic<Bytes> spilled{0};
+    std::atomic<Bytes> paused{0};
+    std::atomic<Bytes> backup{0};
     std::atomic<std::uint64_t> driver_calls{0};
     std::atomic<std::uint64_t> told{0};
     std::array<char, ledger_name_size> name{};

@@ -107,6 +107,9 @@ std::vector<LedgerClientStats> LedgerView::clients(bool refresh) const {
         stats.parked = get(client.parked);
         stats.retiring = get(client.retiring);
         stats.stranded = get(client.stranded);
+        stats.spilled = get(client.spilled);
+        stats.paused = get(client.paused);
+        stats.backup = get(client.backup);
         stats.driver_calls = get(client.driver_calls);
         const std::uint64_t told = get(client.told);
         stats.age =

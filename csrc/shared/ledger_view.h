@@ -31,6 +31,9 @@ struct LedgerClientStats {
     Bytes parked = 0;
     Bytes retiring = 0;
     Bytes stranded = 0;
+    Bytes spilled = 0;  // these three: see MemoryStats
+    Bytes paused = 0;
+    Bytes backup = 0;
     std::uint64_t driver_calls = 0;
     double age = 0;
 };

@@ -82,6 +82,7 @@ void* CudaAllocator::allocate_on(DeviceHeap& device, std::size_t size, cudaStrea
     request.stream = to_stream(stream);
     request.arena = device.routes().arena_for(stream);
     request.note = gather_context(caching::RecordContext::STATE);
+    device.model_heap().require_awake();
     Address address = device.try_allocate_cached(request);
     if (address == 0) address = allocate_slowly(device, request);
     void* const pointer = to_pointer(address);

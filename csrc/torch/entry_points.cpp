@@ -165,6 +165,7 @@ using namespace elastikv::torch;  // NOLINT
 void* elastikv_malloc(std::size_t size, int device, cudaStream_t stream) {
     if (size == 0) return nullptr;
     DeviceHeap& mine = heap_for(device);
+    mine.heap->require_awake();
     HeapRequest request;
     request.requested = size;
     request.stream = elastikv::torch::to_stream(stream);

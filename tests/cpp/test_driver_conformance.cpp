@@ -247,11 +247,12 @@ DRIVER_TEST("host memory is mapped at device addresses, read, written and copied
     fill(driver.capabilities(), base, 2 * page, 0x31);
     REQUIRE(driver.copy(base + 2 * page, base, 2 * page).ok());
     REQUIRE(driver.zero(base + 2 * page, page).ok());
-    REQUIRE(driver.copy(base, base + 2 * page, page).ok());
+    wait_for_service(driver);
+    fill(driver.capabilities(), base, 2 * page, 0x32);
+    REQUIRE(driver.copy(base, base + 2 * page, 2 * page).ok());
     wait_for_service(driver);
     CHECK(all_bytes_are(driver.capabilities(), base, page, 0));
     CHECK(all_bytes_are(driver.capabilities(), base + page, page, 0x31));
-    CHECK(all_bytes_are(driver.capabilities(), base + 3 * page, page, 0x31));
     REQUIRE(driver.unmap(base, 4 * page).ok());
     REQUIRE(driver.release(device).ok());
     REQUIRE(driver.release(handle).ok());

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import threading
 
 import pytest
@@ -337,3 +338,20 @@ def test_a_graph_captured_before_a_pause_replays_after_it():
             model.resume()
             graph.replay()  # at once
             assert out.tolist() == [float(2**power * (8 << 20))] * 4
+
+
+def test_a_ledger_shows_what_sleeps():
+    name = f"test-pause-{os.getpid()}"
+    with elastikv.SharedMemoryPool(1 << 20, name=name) as shared:
+        model = shared.register_model("sleeper", 1 << 30)
+        cache = kv(model, 40, 3.0)
+        elastikv.spill(kept := kv(model, 8, 1.0))
+        model.pause()
+        ledger = elastikv.Ledger(name)
+        for _ in range(1000):  # a busy machine answers late
+            (client,) = ledger.clients()
+            if client.paused:
+                break
+        assert (client.charged, client.paused, client.backup, client.spilled) == (0, 40960, 40960, 8192)
+        model.resume()
+        assert (cache == 3).all() and (kept == 1).all()

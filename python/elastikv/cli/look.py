@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 POOL_FIELDS = ("physical_limit", "charged", "committed", "reserved", "peak", "processes", "waiters")
 CLIENT_FIELDS = (
-    "model", "pid", "charged", "used", "retiring", "parked", "stranded", "live", "reserve", "limit", "overage",
-    "priority", "waiting", "waiters", "grants", "refusals", "driver_calls", "age",
+    "model", "pid", "charged", "used", "retiring", "parked", "stranded", "spilled", "paused", "backup", "live",
+    "reserve", "limit", "overage", "priority", "waiting", "waiters", "grants", "refusals", "driver_calls", "age",
 )  # fmt: skip
 
 
