@@ -58,6 +58,45 @@ PressureHandle on_pressure(const Model& model, const py::object& callback) {
     return {model.account(), model.account()->add_pressure_callback(std::move(call))};
 }
 
+// One who keeps memory idle above the pool's books, in Python.
+class CallbackHolder final : public IdleHolder {
+  public:
+    CallbackHolder(const py::object& callback, int order) : callback_(kept(callback)), order_(order) {}
+
+    Bytes release_idle(Bytes wanted) override {
+        if (interpreter_ends) return 0;
+        const py::gil_scoped_acquire acquire;
+        try {
+            return (*callback_)(wanted).cast<Bytes>();
+        } catch (py::error_already_set& error) {
+            error.discard_as_unraisable("an idle callback of elastikv");
+        } catch (const py::cast_error&) {
+            py::set_error(PyExc_TypeError, "an idle callback of elastikv must return the bytes that it gave back");
+            py::error_already_set().discard_as_unraisable("an idle callback of elastikv");
+        }
+        return 0;
+    }
+    int idle_order() const noexcept override { return order_; }
+
+  private:
+    const std::shared_ptr<py::object> callback_;
+    const int order_;
+};
+
+struct IdleHandle {
+    std::shared_ptr<CallbackHolder> holder;
+};
+
+IdleHandle on_idle(const Model& model, const py::object& callback, int order) {
+    if (PyCallable_Check(callback.ptr()) == 0) {
+        throw py::type_error(std::string("callback must be callable, not ") + Py_TYPE(callback.ptr())->tp_name);
+    }
+    auto holder = std::make_shared<CallbackHolder>(callback, order);
+    const py::gil_scoped_release release;
+    model.account()->add_idle_holder(holder);
+    return {std::move(holder)};
+}
+
 std::unique_ptr<RangeExport> export_range(const ModelPtr& model, const py::object& offset, const py::object& size,
                                           bool read_only) {
     const Bytes begin = to_offset(offset, size, model->pool().capacity());
@@ -75,6 +114,11 @@ void bind_models(py::module_& module) {
     py::module_::import("atexit").attr("register")(py::cpp_function([] { interpreter_ends = true; }));
     py::class_<PressureHandle>(module, "PressureHandle", "What Model.on_pressure returns.")
         .def("remove", &PressureHandle::remove, NoGil(), "The callback is not called any more; one under way ends.");
+
+    py::class_<IdleHandle>(module, "IdleHandle", "What Model.on_idle returns: the callback is asked while it lives.")
+        .def(
+            "remove", [](IdleHandle& self) { self.holder.reset(); }, NoGil(),
+            "The callback is not called any more; one under way ends.");
 
     py::class_<RangeExport>(module, "RangeExport",
                             "What Model.export returns: the range can be imported while it lives.")
@@ -109,6 +153,14 @@ physical limit), InvalidSize, ModelNotFound.)")
 
 wanted: bytes that would help; seconds: later they don't. The callback frees, pauses, spills, or does nothing. It runs on any
 thread, with no lock of the pool held; what it raises goes to sys.unraisablehook. Returns a PressureHandle.)")
+        .def(
+            "on_idle", &on_idle, arg("callback"), py::kw_only(), arg("order") = 1,
+            R"(Calls callback(wanted) when anyone on the same limit, in any process, lacks memory, whatever their priorities.
+
+For caches: memory that is of use, but that nobody works with. The callback frees at least `wanted` bytes of the model's
+memory if it has as many, without waiting for the device, and returns how many. Callbacks of lower order are asked first, after
+parked memory. It runs on any thread, with no lock of the pool held, maybe within an allocation of the same thread; what it
+raises goes to sys.unraisablehook. Returns an IdleHandle; the callback is asked as long as that lives.)")
         .def(
             "export", &export_range, arg("offset"), arg("size"), py::kw_only(), arg("read_only") = false,
             R"(Lets other processes of this user map [offset, offset + size), counted from base_address; all of it must be allocated.
