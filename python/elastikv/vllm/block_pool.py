@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             raise ValueError("a manager of this model takes blocks for good at its start, which elastikv can't serve")
         self.step_lock = StepLock()
         self._keep = prefix_cache
-        self._stock: list[int] = []
+        self._stock: deque[int] = deque()
         self._refused = False
         self._ask_again = 0.0
         self._counting_ids = False
@@ -167,7 +168,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         lacking = n - len(self._stock)
         if lacking > self.free_block_queue.num_free_blocks:
             raise ValueError(f"Cannot get {n} free blocks from the pool")
-        fresh = [self.blocks[self._stock.pop()] for _ in range(min(n, len(self._stock)))]
+        fresh = [self.blocks[self._stock.popleft()] for _ in range(min(n, len(self._stock)))]
         if lacking <= 0:
             return fresh
         oldest: list[KVCacheBlock] = self.free_block_queue.popleft_n(lacking)
@@ -179,7 +180,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         assert self.memory is not None
         n = min(max(needed, STOCK), self.memory.available())
         if n > 0:
-            self._stock[:0] = reversed(self.memory.try_allocate(n))
+            self._stock.extend(self.memory.try_allocate(n))
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock], *args: Any, **options: Any) -> None:
         if self.memory is None:
@@ -239,9 +240,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             return
         with self.step_lock:
             self._refused = False
-            most = 0 if idle else STOCK
-            if len(self._stock) > most:
-                extra, self._stock = self._stock[: len(self._stock) - most], self._stock[len(self._stock) - most :]
+            extra = [self._stock.pop() for _ in range(len(self._stock) - (0 if idle else STOCK))]
+            if extra:
                 self.memory.free(extra)
 
     def give_up(self, wanted: int) -> int:
@@ -257,8 +257,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         assert self.memory is not None
         memory, before = self.memory, self.memory.physical_bytes
         if self._stock:
-            memory.free(self._stock)
-            self._stock = []
+            memory.free(list(self._stock))
+            self._stock.clear()
         seen: set[int] = set()
         per_extent = memory.blocks_per_extent
         for block in list(self.free_block_queue.in_order()):
