@@ -22,6 +22,7 @@ from typing import Any
 
 import allocator_report
 import decode_report
+import vllm_report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -62,7 +63,7 @@ def machine(context: dict[str, Any]) -> dict[str, str]:
 def collect(raw: pathlib.Path, commit: str, folder: pathlib.Path) -> pathlib.Path:
     """Writes `raw` as a results file in `folder` and returns its path."""
     data = json.loads(raw.read_text())
-    if data.get("benchmark") in ("allocator", "decode"):
+    if data.get("benchmark") in ("allocator", "decode", "vllm"):
         where = machine({"num_cpus": os.cpu_count()})
         return write(folder, where["gpu"], {"benchmark": data["benchmark"], "commit": commit, **where, **data})
     # Google Benchmark's: its medians.
@@ -133,6 +134,10 @@ def show(result: dict[str, Any]) -> bool:
         print(f"{result['gpu']}, torch {result['torch']}, {result['date']}, commit {result['commit']}")
         decode_report.print_tables(result)
         return show_bars(decode_report.bars(result))
+    if result["benchmark"] == "vllm":
+        print(f"{result['gpu']}, vLLM {result['vllm']}, {result['date']}, commit {result['commit']}")
+        vllm_report.print_tables(result)
+        return show_bars(vllm_report.bars(result))
     fine = True
     for device in devices(result):
         chip = result["cpu" if device == "cpu" else "gpu"]

@@ -20,7 +20,6 @@ import json
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import vllm_report  # noqa: E402
+
 MODEL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
     "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
@@ -45,7 +47,7 @@ PAIR_KV = 4 << 30  # bytes of KV cache that two engines share: some 60 sequences
 LOADS = (4.0, 7.0, 10.0)  # requests a second of the engine that has its peak
 PHASE = 7.0  # seconds of a peak
 SLO = 1.0  # seconds to the first token
-BARS = {"throughput": 0.99, "gap_p99": 1 / 0.99, "idle": 64 << 20, "return": 1.0, "kill": 1.0}
+UNTIL = 2 * PHASE + 5  # seconds of a trace; what has no token by then has waited as long
 
 
 class Bench:
@@ -123,11 +125,10 @@ class Bench:
         share = PAIR_KV if elastic else PAIR_KV // 2
         for gate in (self.work / part).glob("task*.go"):
             gate.unlink()
-        until = 2 * PHASE + 5
         processes = {}
         for i, name in enumerate(("a", "b")):
             tasks = [
-                {"do": "trace", "wait": True, "arrivals": arrivals(load, i, seed), "until": until, "seed": seed}
+                {"do": "trace", "wait": True, "arrivals": arrivals(load, i, seed), "until": UNTIL, "seed": seed}
                 for seed, load in enumerate(LOADS)
             ]
             options = {"gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": share}
@@ -186,89 +187,26 @@ def arrivals(load: float, which: int, seed: int) -> list[tuple[float, int, int]]
     return found[:-1]
 
 
-def report(work: Path) -> dict[str, Any]:
-    """The ratios of what is there."""
-    rows: dict[str, Any] = {}
+def collected(work: Path) -> dict[str, Any]:
+    """What the parts in the folder say together."""
 
     def read(part: str) -> Any:
         path = work / f"{part}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
+    import torch
+    import vllm
+
+    result: dict[str, Any] = {"benchmark": "vllm", "torch": torch.__version__, "vllm": vllm.__version__, "slo": SLO}
     plain, elastic = read("single-plain"), read("single-elastic")
     if plain and elastic:
-        p, e = plain["one"], elastic["one"]
-        equal = [a == b for x, y in zip(p["outputs"], e["outputs"]) for a, b in zip(x["tokens"], y["tokens"])]
-        rate = [statistics.median(one["steady"][0]["tokens_per_second"]) for one in (p, e)]
-        rows["single"] = {
-            "requests": len(equal), "equal": sum(equal),
-            "plain_again_equal": sum(a == b for a, b in zip(p["outputs"][0]["tokens"], p["outputs"][1]["tokens"])),
-            "tokens_per_second": rate, "throughput": rate[1] / rate[0],
-            "gap_p50": e["steady"][0]["gap_p50_ms"] / p["steady"][0]["gap_p50_ms"],
-            "gap_p99": e["steady"][0]["gap_p99_ms"] / p["steady"][0]["gap_p99_ms"],
-            "gap_p99_ms": [p["steady"][0]["gap_p99_ms"], e["steady"][0]["gap_p99_ms"]],
-            "startup_seconds": [p["startup"], e["startup"]], "startup": e["startup"] / p["startup"],
-            "idle_bytes": [p["idle_at_start"], e["idle_at_start"]], "burst": e["idle"][0],
-        }  # fmt: skip
+        result["single"] = vllm_report.single(plain["one"], elastic["one"])
     static, shared = read("pair-static"), read("pair-elastic")
     if static and shared:
-        rows["pair"] = []
-        for i, load in enumerate(LOADS):
-            row: dict[str, Any] = {"load": load}
-            for name, found in (("static", static), ("elastic", shared)):
-                waits = [first for one in found.values() for first in one["trace"][i]["first"]]
-                limit = 2 * PHASE + 5
-                times = sorted(limit if each is None else each for each in waits)
-                row[name] = {
-                    "p50": times[len(times) // 2], "p99": times[int(len(times) * 0.99)],
-                    "within_slo": sum(each <= SLO for each in times) / len(times), "requests": len(times),
-                }  # fmt: skip
-            row["p99_ratio"] = row["static"]["p99"] / row["elastic"]["p99"]
-            rows["pair"].append(row)
-    killed = read("kill")
-    if killed:
-        rows["kill"] = killed
-    return rows
-
-
-def bars_missed(rows: dict[str, Any]) -> list[str]:
-    missed = []
-    one = rows.get("single")
-    if one:
-        if one["equal"] < one["requests"] and one["plain_again_equal"] == one["requests"] // 2:
-            missed.append(f"{one['requests'] - one['equal']} of {one['requests']} requests have other tokens")
-        if one["throughput"] < BARS["throughput"]:
-            missed.append(f"throughput {one['throughput']:.3f} x")
-        if one["gap_p99"] > BARS["gap_p99"]:
-            missed.append(f"p99 between tokens {one['gap_p99']:.3f} x")
-        if one["idle_bytes"][1] > BARS["idle"] or one["burst"]["without_prefixes"] > BARS["idle"]:
-            missed.append(f"idle KV memory {max(one['idle_bytes'][1], one['burst']['without_prefixes']) >> 20} MiB")
-        if one["burst"]["seconds"] > BARS["return"]:
-            missed.append(f"{one['burst']['seconds']:.2f} s until a burst's memory is back")
-    killed = rows.get("kill")
-    if killed:
-        if killed["seconds"] > BARS["kill"]:
-            missed.append(f"{killed['seconds']:.2f} s until a killed engine's memory is free")
-        if killed["other_served"] < killed["other_asked"]:
-            missed.append(f"the other engine served {killed['other_served']} of {killed['other_asked']}")
-    return missed
-
-
-def picture(rows: dict[str, Any], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    loads = [row["load"] for row in rows["pair"]]
-    for name, label, color in (("static", "static halves", "tab:gray"), ("elastic", "one ledger", "tab:green")):
-        left.plot(loads, [row[name]["p99"] for row in rows["pair"]], "o-", label=label, color=color)
-        right.plot(loads, [100 * row[name]["within_slo"] for row in rows["pair"]], "o-", label=label, color=color)
-    left.set(yscale="log", xlabel="requests/s at the peak", ylabel="seconds", title="p99 time to first token")
-    right.set(xlabel="requests/s at the peak", ylabel="%", title=f"first token within {SLO:g} s", ylim=(0, 102))
-    left.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+        result["pair"] = vllm_report.pair(static, shared, list(LOADS), UNTIL, SLO)
+    if killed := read("kill"):
+        result["kill"] = killed
+    return result
 
 
 def main() -> None:
@@ -292,16 +230,12 @@ def main() -> None:
                 begin = time.perf_counter()
                 parts[name]()
                 print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
-        rows = report(bench.work)
-    print(json.dumps(rows, indent=1))
+        result = collected(bench.work)
+    vllm_report.print_tables(result)
     if asked.json:
-        Path(asked.json).write_text(json.dumps({"benchmark": "vllm", "bars": BARS, "rows": rows}, indent=1))
-    if asked.picture and rows.get("pair"):
-        picture(rows, asked.picture)
-    missed = bars_missed(rows)
-    for each in missed:
-        print(f"MISSED: {each}")
-    sys.exit(1 if missed else 0)
+        Path(asked.json).write_text(json.dumps(result, indent=1))
+    if asked.picture and result.get("pair"):
+        vllm_report.picture(result, asked.picture)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ def test_others_get_the_oldest_prefixes(make):
     assert admit(other.manager, big) == 0
     engine.check(), other.check()
     kept = [engine.manager.get_computed_blocks(request_of(20 + n, tokens))[1] for n, tokens in enumerate(prompts)]
-    assert kept[0] == 0 and kept[-1] == BLOCK * 40 and kept == sorted(kept)
+    assert kept[0] <= 3 * BLOCK  # those beside the null block stay
+    assert kept[-1] == BLOCK * 40 and kept[1:] == sorted(kept[1:])
     other.manager.free(big)
 
 

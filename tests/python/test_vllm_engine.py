@@ -1,4 +1,4 @@
-"""The plugin as a whole, without a GPU: what is patched and what is refused, settings, the scheduler, sleep, the end."""
+"""The plugin as a whole, without a GPU: what is patched and what is refused, settings, sleep, metrics."""
 
 from __future__ import annotations
 
@@ -175,7 +175,9 @@ def test_metrics_of_ledgers():
     try:
         labels = {"pool": "test-metrics.cpu", "model": "chat", "pid": str(os.getpid())}
         assert registry.get_sample_value("elastikv_client_charged_bytes", labels) == engine.settled()
-        assert registry.get_sample_value("elastikv_ledger_physical_limit_bytes", {"pool": "test-metrics.cpu"}) == 1 << 20
+        assert (
+            registry.get_sample_value("elastikv_ledger_physical_limit_bytes", {"pool": "test-metrics.cpu"}) == 1 << 20
+        )
         assert registry.get_sample_value("elastikv_client_refusals_total", labels) == 0
     finally:
         engine.close()
