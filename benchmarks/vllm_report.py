@@ -70,7 +70,7 @@ def print_tables(result: dict[str, Any]) -> None:
     for point in result.get("pair", ()):
         static, elastic = point["static"], point["elastic"]
         print(
-            f"two engines, {point['load']:g} requests/s at the peak: first token p99 {static['p99']:.2f} s with halves, "
+            f"two engines, {point['load']:g} requests/s at peak: first token p99 {static['p99']:.2f} s with halves, "
             f"{elastic['p99']:.2f} s with one ledger, {static['p99'] / elastic['p99']:.1f} x; "
             f"in time {static['within_slo']:.0%} and {elastic['within_slo']:.0%} of {elastic['requests']}"
         )

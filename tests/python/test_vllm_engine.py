@@ -15,6 +15,7 @@ import torch
 
 import elastikv
 from elastikv.vllm.engine import Engine, NotSupported
+from elastikv.vllm.patches import blocks_named
 from elastikv.vllm.settings import Settings
 from elastikv.vllm.versions import PATCHES, Patch, version_of
 from vllm_engine import BLOCK, HostEngine, cache_config, request_of
@@ -116,6 +117,35 @@ def test_what_is_refused():
     engine.memory = object()
     with pytest.raises(NotSupported, match="no block pool"):
         engine.started()
+
+
+def test_blocks_that_warm_up_names_have_memory_meanwhile():
+    """vLLM's warm-up takes blocks 1, 2, 3, ... before there is a scheduler."""
+    config = cache_config(100)
+    engine = Engine(Settings(pool="test-warm", limit=1 << 20, park=0, extent=4096), "chat")
+    engine.device_bytes = 1 << 20
+    planned = SimpleNamespace(
+        scheduled_new_reqs=[SimpleNamespace(block_ids=([1, 2], [3, 4])), SimpleNamespace(block_ids=([5],))],
+        scheduled_cached_reqs=SimpleNamespace(new_block_ids=[None, ([17, 18],)]),
+    )
+    try:
+        with engine.starting(), engine.allocating():
+            engine.allocate(config, torch.device("cpu"), dict)
+        named = list(blocks_named(planned))
+        assert sorted(named) == [1, 2, 3, 4, 5, 17, 18]
+        for _ in range(2):
+            engine.warm_up(named)
+            assert all(engine.memory.blocks.references(block) == 1 for block in range(19))
+            engine.memory.raw[:19] = 1
+        engine.warm_up([])
+        engine.warmed_up()
+        assert engine.memory.blocks.held == 1
+        with pytest.raises(elastikv.OutOfVirtualMemory):
+            engine.warm_up([100])
+        engine.warmed_up()
+        assert engine.memory.blocks.held == 1
+    finally:
+        engine.close()
 
 
 def test_weights_count_and_sleep_gives_them_up():

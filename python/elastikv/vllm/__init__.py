@@ -5,9 +5,9 @@ vLLM loads this through its entry point `vllm.general_plugins`, and nothing is p
     ELASTIKV_VLLM=1 vllm serve MODEL
     elastikv vllm serve MODEL
 
-docs/vllm.md says how to set it up. `settings` has what can be set, `versions` what of vLLM is patched, `layout` how KV
-tensors lie in blocks, `memory` the blocks of an engine, `block_pool` vLLM's block pool over them, and `engine` what
-holds these together.
+docs/vllm.md says how to set it up. `settings` has what can be set, `versions` what of vLLM is patched and `patches` by
+what, `layout` how KV tensors lie in blocks, `memory` the blocks of an engine, `block_pool` vLLM's block pool over them,
+and `engine` what holds these together.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -161,6 +161,15 @@ class Engine:
         return self._plain()
 
     # --- its blocks ---
+
+    def warm_up(self, blocks: Iterable[int]) -> None:
+        """Until there is a scheduler, vLLM runs requests of its own, with blocks of its own choice."""
+        if self.memory is not None and self.pool is None:
+            self.memory.hold_up_to(max(blocks, default=0))
+
+    def warmed_up(self) -> None:
+        if self.memory is not None:
+            self.memory.let_go()
 
     def bind(self, pool: Any) -> None:
         """The scheduler's block pool takes its blocks from the memory."""

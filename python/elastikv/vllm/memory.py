@@ -86,6 +86,7 @@ class KVMemory:
         null = self.blocks.allocate(1)
         assert null.tolist() == [0]
         self.raw[0].zero_()  # some kernels read it, and what they make of it must be a number
+        self._named: set[int] = set()
         self._stream: torch.cuda.Stream | None = None
         self._idle: elastikv.IdleHandle | None = None
         logger.info(
@@ -119,6 +120,19 @@ class KVMemory:
         except _NO_MEMORY as error:
             logger.debug("no memory for %d blocks: %s", n, error)
             return []
+
+    def hold_up_to(self, last: int) -> None:
+        """All blocks up to `last` have memory until let_go(): vLLM's warm-up names blocks that nobody gave it.
+
+        Raises OutOfPhysicalMemory, OutOfVirtualMemory.
+        """
+        while missing := sum(block not in self._named for block in range(1, last + 1)):
+            self._named.update(int(each) for each in self.blocks.allocate(missing).tolist())
+
+    def let_go(self) -> None:
+        if self._named:
+            self.blocks.free(sorted(self._named))
+            self._named.clear()
 
     def free(self, ids: Sequence[int]) -> None:
         """Their memory goes back once the work that is enqueued now has finished. Thread safe."""
