@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from elastikv.vllm.engine import Engine
 from elastikv.vllm.layout import MARK, LayoutNotPossible, Part, parts_of, place, stand_ins
 from elastikv.vllm.settings import Settings
+from elastikv.vllm.versions import version_of
 from vllm_engine import (
     BLOCK,
     HEAD,
@@ -25,6 +26,10 @@ from vllm_engine import (
     runner_v2,
 )
 
+# Its runners are called as this version has them.
+pytestmark = pytest.mark.skipif(
+    version_of(vllm.__version__) < (0, 25), reason="vLLM's runners were different before 0.25"
+)
 BLOCKS = 24
 
 

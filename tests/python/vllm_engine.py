@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
 from unittest import mock
@@ -65,10 +66,10 @@ def cache_config(num_blocks: int, windows: tuple[int | None, ...] = (None,)) -> 
     )
 
 
-def manager_of(config: KVCacheConfig, max_model_len: int = 8192, **options: object) -> KVCacheManager:
-    return KVCacheManager(
-        config, max_model_len=max_model_len, scheduler_block_size=BLOCK, hash_block_size=BLOCK, **options
-    )
+def manager_of(config: KVCacheConfig, max_model_len: int = 8192) -> KVCacheManager:
+    options = {"max_model_len": max_model_len, "scheduler_block_size": BLOCK, "hash_block_size": BLOCK}
+    known = inspect.signature(KVCacheManager.__init__).parameters  # they differ from version to version
+    return KVCacheManager(config, **{name: value for name, value in options.items() if name in known})
 
 
 class HostEngine:

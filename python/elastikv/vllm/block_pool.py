@@ -24,8 +24,8 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 from elastikv.vllm.memory import KVMemory
 
 STOCK = 16  # blocks that are fetched from the elastic pool at once, and kept from step to step
-PATIENCE = 0.05  # seconds that a request of others waits for a step of ours
-ASK_AGAIN = 0.05  # seconds before others are asked again, once they had nothing to give
+PATIENCE = 0.02  # seconds that a request of others waits for a step of ours
+ASK_AGAIN = 0.1  # seconds before others are asked again, once they had nothing to give
 
 
 class StepLock:
@@ -89,7 +89,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         self.step_lock = StepLock()
         self._keep = prefix_cache
         self._stock: deque[int] = deque()
-        self._refused = False
+        self._refused = self._short = False
+        self._room: int | None = None  # of memory that was there when last asked, in this step
         self._ask_again = 0.0
         self._counting_ids = False
         for block in self.blocks:  # they are out of vLLM's queue
@@ -112,16 +113,14 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             lacking = n - self._secured()
             if lacking <= 0:
                 return
-            available = self.memory.available()
+            self._room = available = self.memory.available()
             if lacking <= available and not at_once:
                 return
-            if lacking > available and time.monotonic() < self._ask_again:
-                self._refused = True
+            may_ask = lacking <= available or time.monotonic() >= self._ask_again
+            if may_ask and self._fetch(lacking):
                 return
-            ids = self.memory.try_allocate(lacking)
-            self._stock.extend(ids)
-            if not ids:
-                self._refused = True
+            self._refused = self._short = True
+            if may_ask:
                 self._ask_again = time.monotonic() + ASK_AGAIN
 
     def _secured(self) -> int:
@@ -133,7 +132,11 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             return int(super().get_num_free_blocks())
         if self._counting_ids:
             return int(self.num_gpu_blocks) - 1 - self.in_use()
-        return self._secured() + (0 if self._refused else self.memory.available())
+        if self._refused:
+            return self._secured()
+        if self._room is None:  # asked for each request of a step, and no promise: what is promised is secured
+            self._room = self.memory.available()
+        return self._secured() + self._room
 
     def in_use(self) -> int:
         """Blocks that a request holds."""
@@ -180,7 +183,14 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         assert self.memory is not None
         n = min(max(needed, STOCK), self.memory.available())
         if n > 0:
-            self._stock.extend(self.memory.try_allocate(n))
+            self._fetch(n)
+
+    def _fetch(self, n: int) -> list[int]:
+        assert self.memory is not None
+        ids = self.memory.try_allocate(n)
+        self._stock.extend(ids)
+        self._room = None
+        return ids
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock], *args: Any, **options: Any) -> None:
         if self.memory is None:
@@ -196,6 +206,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             self.free_block_queue.append_n(cached)
             if gone:
                 self.memory.free([block.block_id for block in gone])
+                self._room = None
             if self._keep is not None and cached:
                 over = self.free_block_queue.num_free_blocks * self.memory.blocks.block_stride - self._keep
                 if over > 0:
@@ -216,6 +227,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             gone = [self.blocks[i] for i in block_ids if self._is_cached_free(self.blocks[i])]
             self.free_block_queue.remove_all(gone)
             self.memory.free([block.block_id for block in gone])
+            self._room = None
 
     def reset_prefix_cache(self) -> bool:
         if self.memory is None:
@@ -230,19 +242,25 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
                 gone = list(self.free_block_queue.in_order())
                 self.free_block_queue.remove_all(gone)
                 self.memory.free([block.block_id for block in gone])
+                self._room = None
             return done
 
     # --- what goes back ---
 
-    def end_step(self, *, idle: bool = False) -> None:
-        """What was secured and not used goes back, but for a few blocks while there is work."""
+    def end_step(self, *, idle: bool = False) -> bool:
+        """What was secured and not used goes back, but for a few blocks while there is work.
+
+        Whether a request was refused memory in this step.
+        """
         if self.memory is None:
-            return
+            return False
         with self.step_lock:
-            self._refused = False
+            self._refused, self._room = False, None
             extra = [self._stock.pop() for _ in range(len(self._stock) - (0 if idle else STOCK))]
             if extra:
                 self.memory.free(extra)
+            short, self._short = self._short, False
+            return short
 
     def give_up(self, wanted: int) -> int:
         """Gives cached blocks back, oldest first, until `wanted` bytes are free; returns how many are.
@@ -276,6 +294,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
                 self._maybe_evict_cached_block(each)
             self.free_block_queue.remove_all(gone)
             memory.free([each.block_id for each in gone])
+        self._room = None
         return max(0, before - memory.physical_bytes)
 
     def _is_cached_free(self, block: KVCacheBlock) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from elastikv.vllm.engine import Engine, NotSupported, current
 
 Function = Callable[..., Any]
+SHORT_OF_MEMORY = 0.002  # seconds to the next step where no request has memory
 
 
 # --- the engine ---
@@ -258,12 +260,16 @@ def schedule(original: Function) -> Function:
         pool = elastic_pool(self)
         if pool is None:
             return original(self, *args, **options)
+        short = False
         with pool.step_lock:
             pool.memory.use_stream()
             try:
-                return original(self, *args, **options)
+                planned = original(self, *args, **options)
             finally:
-                pool.end_step()
+                short = pool.end_step()
+        if short and planned.total_num_scheduled_tokens == 0:
+            time.sleep(SHORT_OF_MEMORY)  # all of it is in others' use, and the engine would come back at once
+        return planned
 
     return schedule
 
