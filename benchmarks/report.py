@@ -25,6 +25,7 @@ import decode_report
 import serving_report
 import sharing_report
 import two_gpus_report
+import vllm_report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,6 +37,7 @@ REPORTS: dict[str, Any] = {
     "serving": serving_report,
     "sharing": sharing_report,
     "two-gpus": two_gpus_report,
+    "vllm": vllm_report,
 }
 NAMES = {
     "floor": "driver's floor: one handle",
@@ -138,7 +140,8 @@ def show(result: dict[str, Any]) -> bool:
     """Prints the tables and the bars; False if a bar of a GPU is missed."""
     report = REPORTS.get(result["benchmark"])
     if report is not None:
-        print(f"{result['gpu']}, torch {result['torch']}, {result['date']}, commit {result['commit']}")
+        versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "vllm") if name in result)
+        print(f"{result['gpu']}, {versions}, {result['date']}, commit {result['commit']}")
         report.print_tables(result)
         return show_bars(report.bars(result))
     fine = True

@@ -62,7 +62,7 @@ PressureHandle on_pressure(const Model& model, const py::object& callback) {
 // What Python keeps idle. Thread safe: the GIL guards the callback.
 class PythonHolder final : public IdleHolder {
   public:
-    explicit PythonHolder(const py::object& callback) : held_(kept(callback)) {}
+    PythonHolder(const py::object& callback, int order) : held_(kept(callback)), order_(order) {}
 
     Bytes release_idle(Bytes wanted) override {
         if (removed_ || interpreter_ends) return 0;
@@ -77,19 +77,20 @@ class PythonHolder final : public IdleHolder {
         }
         return 0;
     }
-    int idle_order() const noexcept override { return 1; }
+    int idle_order() const noexcept override { return order_; }
     void remove() { removed_ = true; }
 
   private:
     const std::shared_ptr<py::object> held_;
+    const int order_;
     std::atomic<bool> removed_{false};
 };
 
-std::shared_ptr<PythonHolder> on_reclaim(const Model& model, const py::object& callback) {
+std::shared_ptr<PythonHolder> on_reclaim(const Model& model, const py::object& callback, int order) {
     if (PyCallable_Check(callback.ptr()) == 0) {
         throw py::type_error(std::string("callback must be callable, not ") + Py_TYPE(callback.ptr())->tp_name);
     }
-    auto holder = std::make_shared<PythonHolder>(callback);
+    auto holder = std::make_shared<PythonHolder>(callback, order);
     const py::gil_scoped_release release;
     model.account()->add_idle_holder(holder);
     return holder;
@@ -185,11 +186,12 @@ physical limit), InvalidSize, ModelNotFound.)")
 wanted: bytes that would help; seconds: later they don't. The callback frees, pauses, spills, or does nothing. It runs on any
 thread, with no lock of the pool held; what it raises goes to sys.unraisablehook. Returns a PressureHandle.)")
         .def(
-            "on_reclaim", &on_reclaim, arg("callback"),
+            "on_reclaim", &on_reclaim, arg("callback"), py::kw_only(), arg("order") = 1,
             R"(Calls callback(wanted) when anyone lacks memory that this model keeps without need, as for prefixes that may come again.
 
 This is before anyone is pressed for what is in use, whatever the priorities. wanted: bytes that would help. The callback gives
-idle memory back, as far as it can without waiting for locks or for the device, and returns the bytes. It runs on any thread, with
+idle memory back, as far as it can without waiting for locks or for the device, and returns the bytes. Callbacks of lower order
+are asked first, after parked memory. It runs on any thread, with
 no lock of the pool held, also amid the caller's own growth of tensors, whose locks it must not take then; what it raises goes to
 sys.unraisablehook. Returns a ReclaimHandle, to be kept.)")
         .def(

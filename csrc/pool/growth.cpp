@@ -19,7 +19,12 @@ Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const Al
             const Bytes lacking = try_fill_gaps(table_.pages_of(part), options, fresh);
             if (lacking == 0) continue;
             undo(fresh);
-            return lacking;
+            // What was charged in part has gone back, so room is needed for all that is missing.
+            Bytes missing = 0;
+            for (const ByteRange& each : parts) {
+                for (const ByteRange& gap : table_.gaps(table_.pages_of(each))) missing += gap.size();
+            }
+            return std::max(lacking, missing);
         }
         for (const Extent& extent : fresh) zeroed |= !extent.clean.empty() && !driver_->capabilities().fresh_is_zero;
         for (const ByteRange& part : parts) {

@@ -153,6 +153,48 @@ def test_a_budget_that_runs_dry_in_the_middle_of_a_batch(device, page_size):
         pool.free(held)
 
 
+def test_a_batch_gets_what_others_keep_idle(device, page_size):
+    with elastikv.SharedMemoryPool(physical_limit=8 * page_size, device=device, park_limit=0) as shared:
+        cache, busy = shared.register_model("cache", 1 << 40), shared.register_model("busy", 1 << 40)
+        kept, pool, asked = make(cache), make(busy), []
+        ids = kept.allocate(20).tolist()  # 5 pages
+
+        def give_up(wanted: int) -> int:
+            asked.append(wanted)
+            before = kept.physical_bytes
+            while ids and before - kept.physical_bytes < wanted:
+                kept.free([ids.pop(0)])
+            return before - kept.physical_bytes
+
+        handle = cache.on_reclaim(give_up)
+        assert pool.available() == 12
+        assert len(pool.allocate(24)) == 24  # 6 pages, of which 3 are lacking
+        assert asked == [3 * page_size] and len(ids) == 8
+        handle.remove()
+        with pytest.raises(elastikv.OutOfPhysicalMemory):
+            pool.allocate(4)
+        assert len(asked) == 1
+
+
+def test_what_an_idle_callback_may_not_do(device, page_size, monkeypatch):
+    raised = []
+    monkeypatch.setattr("sys.unraisablehook", lambda args: raised.append(args.exc_type))
+    with elastikv.SharedMemoryPool(physical_limit=2 * page_size, device=device, park_limit=0) as shared:
+        model = shared.register_model("model", 1 << 40)
+        pool = make(model)
+
+        def fails(wanted: int) -> int:
+            raise ValueError(wanted)
+
+        handles = [model.on_reclaim(fails), model.on_reclaim(lambda wanted: "nothing"), model.on_reclaim(lambda wanted: -1)]
+        with pytest.raises(elastikv.OutOfPhysicalMemory):
+            pool.allocate(12)
+        assert raised[:3] == [ValueError, TypeError, TypeError] and pool.held == 0
+        with pytest.raises(TypeError, match="callable"):
+            model.on_reclaim(3)
+        del handles
+
+
 def test_a_closed_pool_says_so(shared, model):
     with make(model) as pool:
         layer = pool.layer(0)

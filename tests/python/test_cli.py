@@ -223,3 +223,18 @@ def test_the_command_starts_without_transformers():
     """`elastikv --help` is quick: nothing large is imported before it is needed."""
     code = "import elastikv.cli, sys; sys.exit('transformers' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
+
+
+def test_vllm_is_run_with_elastic_memory(monkeypatch):
+    ran = []
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr("os.execvpe", lambda *arguments: ran.append(arguments))
+    result = invoke("vllm", "--pool", "serving", "--limit", "70GiB", "serve", "org/model", "--port", 8001)
+    assert result.exit_code == 0, result.output
+    ((program, arguments, environment),) = ran
+    assert (program, arguments) == ("/bin/vllm", ["vllm", "serve", "org/model", "--port", "8001"])
+    assert environment["ELASTIKV_VLLM"] == "1" and environment["ELASTIKV_VLLM_POOL"] == "serving"
+    assert environment["ELASTIKV_VLLM_LIMIT"] == "70GiB" and "ELASTIKV_VLLM_RESERVE" not in environment
+    assert invoke("vllm", "--limit", "much", "serve").exit_code == 2 and len(ran) == 1
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert invoke("vllm", "serve").exit_code == 1

@@ -10,6 +10,7 @@ from elastikv.cli.look import list_pools, watch
 from elastikv.cli.serve import serve
 from elastikv.cli.steer import limit, reserve, trim
 from elastikv.cli.top import top
+from elastikv.cli.vllm import vllm
 
 app = typer.Typer(
     help="KV caches that grow and shrink in place, in memory that several models share.",
@@ -25,6 +26,7 @@ app.command()(limit)
 app.command()(reserve)
 app.command()(trim)
 app.command()(watch)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(vllm)
 
 
 def main() -> None:

@@ -1,0 +1,175 @@
+"""One vLLM engine in a process of its own, as bench_vllm runs it: reads orders from a JSON file, writes what it saw.
+
+An order is a list of tasks: {"do": "outputs" | "steady" | "idle" | "trace", ...}; see the functions of these names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+BLOCK = 16
+
+
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else float("nan")
+
+
+class Worker:
+    """The engine, and its loop, step by step."""
+
+    def __init__(self, folder: Path, order: dict[str, Any]) -> None:
+        sys.modules.setdefault("xgrammar", mock.MagicMock())  # not needed, and does not import everywhere
+        import torch
+        from vllm import LLM, SamplingParams
+
+        self.torch, self.folder, self.order = torch, folder, order
+        self.sampling = lambda n: SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False)
+        if order["elastic"]:
+            import elastikv.vllm
+
+            elastikv.vllm.register()  # as vLLM's entry point does, where the package is installed
+        torch.zeros(1, device="cuda")
+        begin = time.perf_counter()
+        self.llm = LLM(model=order["model"], **order["options"])
+        self.startup = time.perf_counter() - begin
+        self.engine = self.llm.llm_engine
+        self.number = 0
+        self.ledger: Any = None
+        if order["elastic"]:
+            import elastikv
+
+            names = elastikv.ledgers()
+            self.ledger = elastikv.Ledger(next(name for name in names if name.startswith(order["pool"] + ".")))
+
+    def kv_bytes(self) -> int:
+        """Physical bytes of this engine's KV cache."""
+        if self.ledger is not None:
+            return sum(client.charged for client in self.ledger.clients() if client.pid == os.getpid())
+        seen = {}
+        runner = self.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        for cache in runner.kv_caches:
+            storage = cache.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        return sum(seen.values())
+
+    def add(self, tokens: list[int], n: int) -> str:
+        self.number += 1
+        self.engine.add_request(str(self.number), {"prompt_token_ids": tokens}, self.sampling(n))
+        return str(self.number)
+
+    def run(self) -> tuple[dict[str, list[int]], dict[str, list[float]]]:
+        """Steps until all is done: the tokens and the times of tokens, by request."""
+        tokens: dict[str, list[int]] = {}
+        times: dict[str, list[float]] = {}
+        while self.engine.has_unfinished_requests():
+            self.look(self.engine.step(), tokens, times)
+        return tokens, times
+
+    def look(self, outputs: Any, tokens: dict[str, list[int]], times: dict[str, list[float]]) -> None:
+        now = time.perf_counter()
+        for output in outputs:
+            ids = list(output.outputs[0].token_ids)
+            fresh = len(ids) - len(tokens.get(output.request_id, []))
+            tokens[output.request_id] = ids
+            times.setdefault(output.request_id, []).extend([now] * fresh)
+
+    # --- tasks ---
+
+    def outputs(self, requests: int, seed: int = 1) -> dict[str, Any]:
+        """Greedy tokens of a mixed set: many lengths, prefixes that are shared, twice so that they hit."""
+        chance = random.Random(seed)
+        shared = [[chance.randrange(10, 30000) for _ in range(BLOCK * 40)] for _ in range(4)]
+        for _ in range(requests):
+            front = shared[chance.randrange(4)][: BLOCK * chance.randrange(0, 41)]
+            self.add([*front, *(chance.randrange(10, 30000) for _ in range(chance.randrange(4, 600)))],
+                     chance.randrange(1, 160))  # fmt: skip
+        tokens, _ = self.run()
+        return {"tokens": [tokens[key] for key in sorted(tokens, key=int)]}
+
+    def steady(self, requests: int, prompt: int, n: int, rounds: int) -> dict[str, Any]:
+        """Tokens a second, and times between tokens once all requests run; fresh prompts each round."""
+        chance = random.Random(7)
+        rates, gaps = [], []
+        for _ in range(rounds):
+            for _ in range(requests):
+                self.add([chance.randrange(10, 30000) for _ in range(prompt)], n)
+            begin = time.perf_counter()
+            _, times = self.run()
+            rates.append(requests * n / (time.perf_counter() - begin))
+            start = max(each[0] for each in times.values())
+            end = min(each[-1] for each in times.values())
+            steps = sorted({each for one in times.values() for each in one if start <= each <= end})
+            gaps += [b - a for a, b in itertools.pairwise(steps)]
+        return {"tokens_per_second": rates, "gap_p50_ms": percentile(gaps, 0.5) * 1e3,
+                "gap_p99_ms": percentile(gaps, 0.99) * 1e3}  # fmt: skip
+
+    def idle(self) -> dict[str, Any]:
+        """KV bytes after a burst, and how soon they are gone once its prefixes are."""
+        kept = self.kv_bytes()
+        begin = time.perf_counter()
+        while not self.llm.reset_prefix_cache() and time.perf_counter() - begin < 3:
+            self.engine.step()  # what the last step holds is freed with the next
+        while (now := self.kv_bytes()) > 64 << 20 and time.perf_counter() - begin < 3:
+            time.sleep(0.002)
+        return {"after_burst": kept, "without_prefixes": now, "seconds": time.perf_counter() - begin}
+
+    def trace(self, begin: float, arrivals: list[tuple[float, int, int]], until: float, seed: int) -> dict[str, Any]:
+        """Requests (second, prompt, n) as they come: seconds to the first token, None if not reached."""
+        chance = random.Random(seed)
+        due = sorted(arrivals)
+        came: dict[str, float] = {}
+        tokens: dict[str, list[int]] = {}
+        times: dict[str, list[float]] = {}
+        held = []
+        offset = time.perf_counter() - time.time()
+        start = begin + offset
+        while time.perf_counter() < start + until:
+            now = time.perf_counter() - start
+            while due and due[0][0] <= now:
+                at, prompt, n = due.pop(0)
+                came[self.add([chance.randrange(10, 30000) for _ in range(prompt)], n)] = at
+            if self.engine.has_unfinished_requests():
+                self.look(self.engine.step(), tokens, times)
+            elif due:
+                time.sleep(min(0.005, max(0.0, due[0][0] - now)))
+            else:
+                break
+            if not held or now - held[-1][0] > 0.1:
+                held.append((now, self.kv_bytes()))
+        if self.engine.has_unfinished_requests():
+            self.engine.abort_request(list(came))
+            while self.engine.has_unfinished_requests():
+                self.engine.step()
+        first = [times[key][0] - start - at if key in times else None for key, at in came.items()]
+        return {"first": first, "arrived": list(came.values()), "held": held, "steps": len(held)}
+
+
+def main() -> None:
+    folder, name = Path(sys.argv[1]), sys.argv[2]
+    order = json.loads((folder / f"{name}.order.json").read_text())
+    worker = Worker(folder, order)
+    (folder / f"{name}.ready").write_text(str(worker.startup))
+    results: dict[str, Any] = {"startup": worker.startup, "idle_at_start": worker.kv_bytes()}
+    for number, task in enumerate(order["tasks"]):
+        gate = folder / f"task{number}.go"  # tasks that several engines begin together
+        if task.pop("wait", False):
+            while not gate.exists():
+                time.sleep(0.01)
+            task["begin"] = float(gate.read_text())
+        kind = task.pop("do")
+        results.setdefault(kind, []).append(getattr(worker, kind)(**task))
+        (folder / f"{name}.done{number}").write_text("")
+    (folder / f"{name}.result.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

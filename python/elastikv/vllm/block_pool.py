@@ -1,0 +1,301 @@
+"""vLLM's block pool over elastic blocks.
+
+What differs from vLLM's own: which ids are handed out is the elastic pool's choice, so that extents empty; the free
+queue has cached blocks only, oldest first, and these keep their memory; a free block without a hash has given its
+memory back. Where memory is ample the same prefixes hit, and the same of them are evicted, as without it.
+
+Memory is promised before it is counted on: vLLM asks how many blocks are free, and crashes if it then can't have them.
+So what a request needs is secured where vLLM computes it (`secure`), and what is not used of that goes back at the end
+of the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
+
+from elastikv.vllm.memory import KVMemory
+
+STOCK = 16  # blocks that are fetched from the elastic pool at once, and kept from step to step
+PATIENCE = 0.02  # seconds that a request of others waits for a step of ours
+ASK_AGAIN = 0.1  # seconds before others are asked again, once they had nothing to give
+
+
+class StepLock:
+    """Held while the scheduler makes a step, in which blocks that it has found must not go. Reentrant."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def __enter__(self) -> StepLock:
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+        self._depth += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._owner = None
+        self._lock.release()
+
+    @contextlib.contextmanager
+    def from_outside(self) -> Iterator[bool]:
+        """Whether it was free in time. Within a step of the same thread it never is."""
+        taken = self._owner != threading.get_ident() and self._lock.acquire(timeout=PATIENCE)
+        try:
+            yield taken
+        finally:
+            if taken:
+                self._lock.release()
+
+
+class CachedQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
+    """Free blocks that are cached, oldest first."""
+
+    def remove_all(self, blocks: Iterable[KVCacheBlock]) -> None:
+        for block in blocks:
+            self.remove(block)
+
+    def in_order(self) -> Iterator[KVCacheBlock]:
+        block = self.fake_free_list_head.next_free_block
+        while block is not None and block is not self.fake_free_list_tail:
+            following = block.next_free_block
+            yield block
+            block = following
+
+
+class ElasticBlockPool(BlockPool):  # type: ignore[misc]
+    """Thread safe against `give_up`; like vLLM's own it has one user otherwise. Without memory it is vLLM's own."""
+
+    memory: KVMemory | None = None
+    free_block_queue: FreeKVCacheBlockQueue
+
+    def bind(self, memory: KVMemory, prefix_cache: int | None = None) -> None:
+        """From now on blocks are the memory's. prefix_cache: bytes of cached blocks to keep at most; None: any."""
+        if memory.num_blocks != self.num_gpu_blocks:
+            raise ValueError(f"{self.num_gpu_blocks} blocks were planned, but there are {memory.num_blocks}")
+        if self.free_block_queue.num_free_blocks != self.num_gpu_blocks - 1:
+            raise ValueError("a manager of this model takes blocks for good at its start, which elastikv can't serve")
+        self.step_lock = StepLock()
+        self._keep = prefix_cache
+        self._stock: deque[int] = deque()
+        self._refused = self._short = False
+        self._room: int | None = None  # of memory that was there when last asked, in this step
+        self._ask_again = 0.0
+        self._counting_ids = False
+        for block in self.blocks:  # they are out of vLLM's queue
+            block.prev_free_block = block.next_free_block = None
+        self.free_block_queue = CachedQueue([])
+        self.memory = memory
+        memory.on_idle(self.give_up)
+
+    # --- promises ---
+
+    def secure(self, n: int, *, at_once: bool = True) -> None:
+        """Gets memory for n blocks before vLLM asks how many it may count on.
+
+        at_once: they are about to be taken; else memory that nobody else has is enough.
+        """
+        if self.memory is None:
+            return
+        with self.step_lock:
+            self._refused = False
+            lacking = n - self._secured()
+            if lacking <= 0:
+                return
+            self._room = available = self.memory.available()
+            if lacking <= available and not at_once:
+                return
+            may_ask = lacking <= available or time.monotonic() >= self._ask_again
+            if may_ask and self._fetch(lacking):
+                return
+            self._refused = self._short = True
+            if may_ask:
+                self._ask_again = time.monotonic() + ASK_AGAIN
+
+    def _secured(self) -> int:
+        return len(self._stock) + int(self.free_block_queue.num_free_blocks)
+
+    def get_num_free_blocks(self) -> int:
+        """How many blocks can be had now: cached ones, and free ones that there is memory for."""
+        if self.memory is None:
+            return int(super().get_num_free_blocks())
+        if self._counting_ids:
+            return int(self.num_gpu_blocks) - 1 - self.in_use()
+        if self._refused:
+            return self._secured()
+        if self._room is None:  # asked for each request of a step, and no promise: what is promised is secured
+            self._room = self.memory.available()
+        return self._secured() + self._room
+
+    def in_use(self) -> int:
+        """Blocks that a request holds."""
+        assert self.memory is not None
+        return self.memory.blocks.held - 1 - self._secured()
+
+    def get_usage(self) -> float:
+        """Blocks in use, of all that there are addresses for."""
+        if self.memory is None:
+            return float(super().get_usage())
+        return self.in_use() / max(1, int(self.num_gpu_blocks) - 1)
+
+    # --- blocks ---
+
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+        if self.memory is None:
+            return list(super().get_new_blocks(num_blocks))
+        with self.step_lock:
+            blocks = self._take(num_blocks)
+            for block in blocks:
+                assert block.ref_cnt == 0
+                block.ref_cnt = 1
+                if self.metrics_collector:
+                    self.metrics_collector.on_block_allocated(block)
+            return blocks
+
+    def _take(self, n: int) -> list[KVCacheBlock]:
+        """Fresh blocks as far as there is memory that nobody has, then the oldest cached ones. All or none."""
+        assert self.memory is not None
+        if len(self._stock) < n:
+            self._restock(n - len(self._stock))
+        lacking = n - len(self._stock)
+        if lacking > self.free_block_queue.num_free_blocks:
+            raise ValueError(f"Cannot get {n} free blocks from the pool")
+        fresh = [self.blocks[self._stock.popleft()] for _ in range(min(n, len(self._stock)))]
+        if lacking <= 0:
+            return fresh
+        oldest: list[KVCacheBlock] = self.free_block_queue.popleft_n(lacking)
+        for block in oldest:
+            self._maybe_evict_cached_block(block)
+        return fresh + oldest
+
+    def _restock(self, needed: int) -> None:
+        assert self.memory is not None
+        n = min(max(needed, STOCK), self.memory.available())
+        if n > 0:
+            self._fetch(n)
+
+    def _fetch(self, n: int) -> list[int]:
+        assert self.memory is not None
+        ids = self.memory.try_allocate(n)
+        self._stock.extend(ids)
+        self._room = None
+        return ids
+
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock], *args: Any, **options: Any) -> None:
+        if self.memory is None:
+            super().free_blocks(ordered_blocks, *args, **options)
+            return
+        with self.step_lock:
+            cached: list[KVCacheBlock] = []
+            gone: list[KVCacheBlock] = []
+            for block in ordered_blocks:
+                block.ref_cnt -= 1
+                if block.ref_cnt == 0 and not block.is_null:
+                    (gone if block.block_hash is None else cached).append(block)
+            self.free_block_queue.append_n(cached)
+            if gone:
+                self.memory.free([block.block_id for block in gone])
+                self._room = None
+            if self._keep is not None and cached:
+                over = self.free_block_queue.num_free_blocks * self.memory.blocks.block_stride - self._keep
+                if over > 0:
+                    self._evict(over)
+
+    def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
+        if self.memory is None:
+            super().touch(blocks)
+            return
+        with self.step_lock:
+            super().touch(blocks)
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        super().evict_blocks(block_ids)
+        if self.memory is None:
+            return
+        with self.step_lock:
+            gone = [self.blocks[i] for i in block_ids if self._is_cached_free(self.blocks[i])]
+            self.free_block_queue.remove_all(gone)
+            self.memory.free([block.block_id for block in gone])
+            self._room = None
+
+    def reset_prefix_cache(self) -> bool:
+        if self.memory is None:
+            return bool(super().reset_prefix_cache())
+        with self.step_lock:
+            self._counting_ids = True
+            try:
+                done = bool(super().reset_prefix_cache())
+            finally:
+                self._counting_ids = False
+            if done:
+                gone = list(self.free_block_queue.in_order())
+                self.free_block_queue.remove_all(gone)
+                self.memory.free([block.block_id for block in gone])
+                self._room = None
+            return done
+
+    # --- what goes back ---
+
+    def end_step(self, *, idle: bool = False) -> bool:
+        """What was secured and not used goes back, but for a few blocks while there is work.
+
+        Whether a request was refused memory in this step.
+        """
+        if self.memory is None:
+            return False
+        with self.step_lock:
+            self._refused, self._room = False, None
+            extra = [self._stock.pop() for _ in range(len(self._stock) - (0 if idle else STOCK))]
+            if extra:
+                self.memory.free(extra)
+            short, self._short = self._short, False
+            return short
+
+    def give_up(self, wanted: int) -> int:
+        """Gives cached blocks back, oldest first, until `wanted` bytes are free; returns how many are.
+
+        Called from any thread; in the middle of a step there is nothing to give.
+        """
+        with self.step_lock.from_outside() as taken:
+            return self._evict(wanted) if taken else 0
+
+    def _evict(self, wanted: int) -> int:
+        """By extents, in the order of their oldest blocks: only those that nobody uses, as others would not go."""
+        assert self.memory is not None
+        memory, before = self.memory, self.memory.physical_bytes
+        if self._stock:
+            memory.free(list(self._stock))
+            self._stock.clear()
+        seen: set[int] = set()
+        per_extent = memory.blocks_per_extent
+        for block in list(self.free_block_queue.in_order()):
+            extent = block.block_id // per_extent
+            if before - memory.physical_bytes >= wanted:
+                break
+            if extent in seen or block.ref_cnt > 0:
+                continue
+            seen.add(extent)
+            beside = self.blocks[extent * per_extent : (extent + 1) * per_extent]
+            if any(each.ref_cnt > 0 or each.is_null for each in beside):
+                continue
+            gone = [each for each in beside if self._is_cached_free(each)]
+            for each in gone:
+                self._maybe_evict_cached_block(each)
+            self.free_block_queue.remove_all(gone)
+            memory.free([each.block_id for each in gone])
+        self._room = None
+        return max(0, before - memory.physical_bytes)
+
+    def _is_cached_free(self, block: KVCacheBlock) -> bool:
+        return block.next_free_block is not None and block.ref_cnt == 0

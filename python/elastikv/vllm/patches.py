@@ -1,0 +1,285 @@
+"""What comes around functions of vLLM, one wrapper each; `versions` has which, and of which versions.
+
+Each takes the original and returns what stands in its place. All do what the original does, unless an engine of ours is
+involved.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from elastikv.vllm.engine import Engine, NotSupported, current
+
+Function = Callable[..., Any]
+SHORT_OF_MEMORY = 0.002  # seconds to the next step where no request has memory
+
+
+# --- the engine ---
+
+
+def engine_init(original: Function) -> Function:
+    def start(self: Any, vllm_config: Any, executor_class: Any, *args: Any, **options: Any) -> None:
+        from vllm.platforms import current_platform
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+        if not current_platform.is_cuda():
+            raise NotSupported("elastikv's vLLM plugin needs a CUDA device (ELASTIKV_VLLM=0 turns it off)")
+        in_process = isinstance(executor_class, type) and issubclass(executor_class, UniProcExecutor)
+        engine = Engine.of(vllm_config, in_process)
+        with engine.starting():
+            original(self, vllm_config, executor_class, *args, **options)
+        engine.started()
+        self._elastikv = engine
+
+    return start
+
+
+def engine_shutdown(original: Function) -> Function:
+    def shutdown(self: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return original(self, *args, **options)
+        finally:
+            engine = getattr(self, "_elastikv", None)
+            if engine is not None:
+                engine.close()
+
+    return shutdown
+
+
+# --- the worker ---
+
+
+def request_memory(original: Function) -> Function:
+    def request(init_snapshot: Any, cache_config: Any, *args: Any, **options: Any) -> int:
+        engine = current()
+        wanted = math.ceil(init_snapshot.total_memory * cache_config.gpu_memory_utilization)
+        device = device_of(init_snapshot)
+        if engine is None or (init_snapshot.free_memory < wanted and not engine.has_company(device)):
+            return int(original(init_snapshot, cache_config, *args, **options))
+        return engine.ceiling(wanted, init_snapshot.free_memory)
+
+    return request
+
+
+def measure(original: Function) -> Function:
+    def measure(self: Any) -> None:
+        original(self)
+        engine = current()
+        if engine is not None:
+            others = engine.taken_by_others(device_of(self))
+            self.free_memory += others
+            self.cuda_memory -= others
+            self.non_torch_memory -= others
+
+    return measure
+
+
+def device_of(snapshot: Any) -> Any:
+    device = getattr(snapshot, "device_", None) or getattr(snapshot, "device", None)
+    return torch.device(device) if device is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def determine_memory(original: Function) -> Function:
+    def determine(self: Any) -> int:
+        available = int(original(self))
+        engine = current()
+        if engine is not None:
+            if self.cache_config.kv_cache_memory_bytes:
+                engine.hold_other(torch.cuda.max_memory_reserved(self.device))
+            else:
+                engine.hold_other(self.requested_memory - available)
+        return available
+
+    return determine
+
+
+def initialize(original: Function) -> Function:
+    def initialize(self: Any, *args: Any, **options: Any) -> Any:
+        engine = current()
+        if engine is None:
+            return original(self, *args, **options)
+        self._elastikv = engine
+        with engine.allocating():
+            return original(self, *args, **options)
+
+    return initialize
+
+
+def execute(original: Function) -> Function:
+    def execute(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        engine = getattr(self, "_elastikv", None)
+        if engine is not None and engine.pool is None:
+            engine.warm_up(blocks_named(scheduler_output))
+        return original(self, scheduler_output, *args, **options)
+
+    return execute
+
+
+def blocks_named(scheduler_output: Any) -> Iterator[int]:
+    for request in scheduler_output.scheduled_new_reqs:
+        yield from itertools.chain.from_iterable(request.block_ids)
+    for groups in scheduler_output.scheduled_cached_reqs.new_block_ids:
+        yield from itertools.chain.from_iterable(groups or ())
+
+
+def warm_up(original: Function) -> Function:
+    def warm_up(self: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return original(self, *args, **options)
+        finally:
+            engine = getattr(self, "_elastikv", None)
+            if engine is not None:
+                engine.warmed_up()
+
+    return warm_up
+
+
+def sleep(original: Function) -> Function:
+    def sleep(self: Any, *args: Any, **options: Any) -> Any:
+        result = original(self, *args, **options)
+        engine = getattr(self, "_elastikv", None)
+        if engine is not None:
+            engine.sleep()
+        return result
+
+    return sleep
+
+
+def wake_up(original: Function) -> Function:
+    def wake_up(self: Any, *args: Any, **options: Any) -> Any:
+        engine = getattr(self, "_elastikv", None)
+        if engine is not None:
+            engine.wake()
+        return original(self, *args, **options)
+
+    return wake_up
+
+
+def allocate(original: Function) -> Function:
+    def allocate(*args: Any, **options: Any) -> Any:
+        engine = current()
+        if engine is None:
+            return original(*args, **options)
+        bound = inspect.signature(original).bind(*args, **options).arguments
+        device = bound["device"] if "device" in bound else bound["self"].device
+        return engine.allocate(bound["kv_cache_config"], device, lambda: original(*args, **options))
+
+    return allocate
+
+
+def reshape(original: Function) -> Function:
+    def reshape(*args: Any, **options: Any) -> Any:
+        engine = current()
+        views = original(*args, **options)
+        if engine is None:
+            return views
+        bound = inspect.signature(original).bind(*args, **options)
+
+        def again(raw: dict[str, Any]) -> Any:
+            bound.arguments["kv_cache_raw_tensors"] = raw
+            return original(*bound.args, **bound.kwargs)
+
+        return engine.place(views, bound.arguments["kv_cache_raw_tensors"], again)
+
+    return reshape
+
+
+def zero_blocks(original: Function) -> Function:
+    """vLLM's kernel takes a layer's blocks to lie one after the other."""
+
+    def zero(self: Any, block_ids: list[int]) -> None:
+        engine = getattr(self, "_elastikv", None) or current()
+        if engine is None or engine.memory is None:
+            original(self, block_ids)
+        else:
+            engine.memory.zero(block_ids)
+
+    return zero
+
+
+def zeroer_init(original: Function) -> Function:
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        self._elastikv = current()
+        original(self, *args, **options)
+
+    return init
+
+
+def fp8_scales(original: Function) -> Function:
+    """It would zero whole KV tensors, most of which have no memory; blocks are clean when they come."""
+
+    def init(self: Any) -> None:
+        kept, self.kv_caches = self.kv_caches, []
+        try:
+            original(self)
+        finally:
+            self.kv_caches = kept
+
+    return init
+
+
+# --- the scheduler ---
+
+
+def manager_init(original: Function) -> Function:
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        engine = current()
+        if engine is not None:
+            engine.bind(self.block_pool)
+
+    return init
+
+
+def blocks_to_allocate(original: Function) -> Function:
+    def count(self: Any, *args: Any, **options: Any) -> int:
+        n = int(original(self, *args, **options))
+        if n > 0:
+            secure = getattr(self.block_pool, "secure", None)
+            if secure is not None:
+                secure(n, at_once=not options.get("apply_admission_cap", False))
+        return n
+
+    return count
+
+
+def elastic_pool(scheduler: Any) -> Any:
+    pool = getattr(getattr(scheduler, "kv_cache_manager", None), "block_pool", None)
+    return pool if getattr(pool, "memory", None) is not None else None
+
+
+def schedule(original: Function) -> Function:
+    def schedule(self: Any, *args: Any, **options: Any) -> Any:
+        pool = elastic_pool(self)
+        if pool is None:
+            return original(self, *args, **options)
+        short = False
+        with pool.step_lock:
+            pool.memory.use_stream()
+            try:
+                planned = original(self, *args, **options)
+            finally:
+                short = pool.end_step()
+        if short and planned.total_num_scheduled_tokens == 0:
+            time.sleep(SHORT_OF_MEMORY)  # all of it is in others' use, and the engine would come back at once
+        return planned
+
+    return schedule
+
+
+def ends_requests(original: Function) -> Function:
+    def end(self: Any, *args: Any, **options: Any) -> Any:
+        result = original(self, *args, **options)
+        pool = elastic_pool(self)
+        if pool is not None and not self.has_unfinished_requests():
+            pool.end_step(idle=True)
+        return result
+
+    return end

@@ -1,0 +1,148 @@
+"""vLLM's scheduler over elastic blocks: what is generated is right, whoever presses; requests wait or are preempted."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+
+import torch
+
+from elastikv.vllm.engine import Engine
+from elastikv.vllm.settings import Settings
+from elastikv.vllm.versions import version_of
+from vllm_engine import HostEngine, cache_config, random_prompt
+from vllm_scheduler import WIDTH, Model, expected_tokens, request_of, run_step, scheduler_of
+
+TOKENS = 17  # of each request
+
+
+class Served:
+    """A scheduler, its model, and the requests that it was given."""
+
+    def __init__(self, scheduler, kv):
+        self.scheduler, self.model = scheduler, Model(kv)
+        self.prompts: dict[str, list[int]] = {}
+        self.got: dict[str, list[int]] = {}
+        self.preemptions = 0
+
+    def add(self, number, prompt):
+        self.prompts[str(number)] = prompt
+        self.scheduler.add_request(request_of(number, prompt))
+
+    def step(self):
+        before = {number: request.num_preemptions for number, request in self.scheduler.requests.items()}
+        for number, tokens in run_step(self.scheduler, self.model).items():
+            self.got.setdefault(number, []).extend(tokens)
+        for number, request in self.scheduler.requests.items():
+            self.preemptions += request.num_preemptions - before.get(number, 0)
+
+    def check(self):
+        assert self.got == {number: expected_tokens(prompt, TOKENS) for number, prompt in self.prompts.items()}
+
+
+def elastic(num_blocks, pool, **settings):
+    engine = Engine(Settings(pool=pool, park=0, extent=4096, **settings), "chat")
+    engine.device_bytes = 1 << 30
+    with engine.starting(), engine.allocating():
+        engine.allocate(cache_config(num_blocks), torch.device("cpu"), dict)
+        scheduler = scheduler_of(num_blocks)
+    engine.started()
+    served = Served(scheduler, engine.memory.raw.view(torch.int64))
+    return engine, served
+
+
+@pytest.mark.skipif(version_of(vllm.__version__) < (0, 25), reason="evicted cached blocks before free ones")
+def test_as_plain_vllm():
+    """The same steps, with the same requests in each, on fewer blocks than all would like."""
+    engine, ours = elastic(60, "test-plain", limit=1 << 30)
+    plain = Served(scheduler_of(60), torch.zeros(60, WIDTH, dtype=torch.int64))
+    chance = random.Random(1)
+    try:
+        for number in range(40):
+            prompt = random_prompt(chance)
+            for each in (ours, plain):
+                each.add(number, prompt)
+            for _ in range(chance.randrange(3)):
+                for each in (ours, plain):
+                    each.step()
+                assert ours.got == plain.got
+                assert [r.request_id for r in ours.scheduler.running] == [r.request_id for r in plain.scheduler.running]
+        while plain.scheduler.has_unfinished_requests():
+            for each in (ours, plain):
+                each.step()
+            assert ours.got == plain.got
+        ours.check(), plain.check()
+        assert ours.preemptions == plain.preemptions > 0
+        assert not ours.scheduler.has_unfinished_requests() and not engine.pool._stock
+        assert ours.scheduler.reset_prefix_cache()
+        engine.memory.model.drain()
+        assert engine.memory.model.stats().physical_usage == engine.memory.blocks.extent_bytes
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_others_press_between_and_in_steps(seed):
+    """Another engine takes and frees as it likes, under a limit that is too small for both."""
+    limit = 22 * 4096
+    engine, ours = elastic(120, "test-press", limit=limit)
+    other = HostEngine(cache_config(120), "test-press", name="other", limit=limit)
+    chance = random.Random(seed)
+    held = []
+    waited = 0
+    try:
+        for number in range(40):
+            ours.add(number, random_prompt(chance))
+            for _ in range(chance.randrange(4)):
+                engine.pool._ask_again = other.pool._ask_again = 0
+                if held and chance.random() < 0.3:
+                    other.manager.free(held.pop(0))
+                    other.pool.end_step(idle=True)
+                elif len(held) < 3:
+                    request = request_of(1000 + number, [chance.randrange(10**6) for _ in range(300)])
+                    if other.manager.allocate_slots(request, 300) is None:
+                        waited += 1
+                    else:
+                        held.append(request)
+                ours.step()
+                other.check()
+        while ours.scheduler.has_unfinished_requests():
+            engine.pool._ask_again = 0
+            if held:
+                other.manager.free(held.pop())
+                other.pool.end_step(idle=True)
+            ours.step()
+        ours.check()
+        assert ours.preemptions > 0 or waited > 0
+    finally:
+        other.close()
+        engine.close()
+
+
+def test_a_growth_that_fails_in_a_step_preempts():
+    """Two requests fit at first, and then another engine has the rest: one of the two waits for the other."""
+    limit = 24 * 4096
+    engine, ours = elastic(120, "test-preempt", limit=limit)
+    other = HostEngine(cache_config(120), "test-preempt", name="other", limit=limit)
+    try:
+        for number in range(2):
+            ours.add(number, [number * 1000 + i for i in range(16 * 32 - 4)])
+        while any(len(ours.got.get(str(number), [])) < 2 for number in range(2)):
+            ours.step()
+        rest = other.pool.get_num_free_blocks()
+        request = request_of(10, list(range(10**6, 10**6 + rest * 16)))
+        assert other.manager.allocate_slots(request, rest * 16) is not None
+        assert engine.memory.available() + len(engine.pool._stock) < 16
+        steps = 0
+        while ours.scheduler.has_unfinished_requests():
+            ours.step()
+            steps += 1
+            assert steps < 200
+        ours.check()
+        other.manager.free(request)
+    finally:
+        other.close()
+        engine.close()
