@@ -186,7 +186,11 @@ def test_what_an_idle_callback_may_not_do(device, page_size, monkeypatch):
         def fails(wanted: int) -> int:
             raise ValueError(wanted)
 
-        handles = [model.on_reclaim(fails), model.on_reclaim(lambda wanted: "nothing"), model.on_reclaim(lambda wanted: -1)]
+        handles = [
+            model.on_reclaim(fails),
+            model.on_reclaim(lambda wanted: "nothing"),
+            model.on_reclaim(lambda wanted: -1),
+        ]
         with pytest.raises(elastikv.OutOfPhysicalMemory):
             pool.allocate(12)
         assert raised[:3] == [ValueError, TypeError, TypeError] and pool.held == 0
