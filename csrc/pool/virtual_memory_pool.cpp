@@ -80,8 +80,11 @@ Address VirtualMemoryPool::allocate(Bytes offset, Bytes size, const AllocateOpti
     // Reclaiming takes other pools' locks and may wait for the device, so it happens between attempts, without our
     // lock.
     for (bool waited = false;;) {
-        const Bytes lacking = try_claim(offset, size, options);
+        Bytes lacking = try_claim(offset, size, options);
         if (lacking == 0) return base_address() + offset;
+        // Of several extents the first ones may have fit, and went back when the next one did not: all of it is asked
+        // for, as otherwise the ledger would seem to have room.
+        lacking = std::max(lacking, missing(offset, size));
         if (make_room(lacking, false) > 0) continue;
         if (waited) {
             if (options.wait == nullptr || !budget_) throw out_of_memory(lacking);

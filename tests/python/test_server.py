@@ -197,6 +197,14 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+def take_all(name: str) -> None:
+    """All of a ledger's memory for a moment, in pieces of four pages."""
+    with elastikv.SharedMemoryPool(4 << 20, "cpu", name=name) as pool:
+        model = pool.register_model("own", 1 << 30)
+        rows = elastikv.SlotTensor(model, 1, 1000, PAGE // 2, torch.float16, largest_extent=4 * PAGE)
+        rows.grow([0], [1000], exact=True)
+
+
 def test_two_servers_in_processes_share_one_ledger(network):
     """Each answers a stock client with its own model's tokens; the ledger knows both, and in the end none."""
     pool = f"test-server-{os.getpid()}"
@@ -231,6 +239,9 @@ def test_two_servers_in_processes_share_one_ledger(network):
             # Prefixes are kept, within the limit, and given up when somebody asks.
             held = {one.model: one.charged for one in ledger.clients()}
             assert all(held.values()) and sum(held.values()) == ledger.stats().charged <= 4 << 20
+            # Also for one who needs it in many small pieces, of which the first ones would fit.
+            take_all(pool)
+            assert ledger.stats().charged <= 4 << 20
             ledger.trim()
             assert sum(one.used for one in ledger.clients()) == 0
     finally:
