@@ -54,8 +54,8 @@ class Engine:
             )
         if parallel.data_parallel_size > 1:
             raise NotSupported(
-                f"elastikv's plugin serves one data-parallel rank, not {parallel.data_parallel_size}: start an engine a "
-                "rank, which may share a GPU (ELASTIKV_VLLM=0 turns the plugin off)"
+                f"elastikv's plugin serves one data-parallel rank, not {parallel.data_parallel_size}: start an engine "
+                "a rank, which may share a GPU (ELASTIKV_VLLM=0 turns the plugin off)"
             )
         if vllm_config.kv_transfer_config is not None:
             raise NotSupported("elastikv's plugin does not go with KV connectors yet (ELASTIKV_VLLM=0 turns it off)")
