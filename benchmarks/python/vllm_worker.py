@@ -53,7 +53,7 @@ class Worker:
     def kv_bytes(self) -> int:
         """Physical bytes of this engine's KV cache."""
         if self.ledger is not None:
-            return sum(client.charged for client in self.ledger.clients() if client.pid == os.getpid())
+            return sum(client.charged for client in self.ledger.clients(refresh=False) if client.pid == os.getpid())
         seen = {}
         runner = self.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         for cache in runner.kv_caches:

@@ -59,8 +59,9 @@ class VirtualMemoryPool {
     // Throws InvalidSize (0), InvalidOffset, AlreadyMapped, OutOfPhysicalMemory, MappingFailed, CudaError, PoolClosed,
     // WaitCancelled, and InvalidArgument for memory whose release waits for a gate or a capture: see blocked_until().
     Address allocate(Bytes offset, Bytes size, const AllocateOptions& options = {});
-    // The same without making room: returns the bytes that were lacking, 0 where it succeeded. For a caller whose own
-    // locks must not be held while room is made. Throws as allocate, but for OutOfPhysicalMemory.
+    // The same without making room: returns the bytes that room is needed for, which is all that has no memory yet, and
+    // 0 where it succeeded. For a caller whose own locks must not be held while room is made. Throws as allocate, but
+    // for OutOfPhysicalMemory.
     Bytes try_claim(Bytes offset, Bytes size, const AllocateOptions& options = {});
     // The same for several parts, all or none of them. No two may share a page: InvalidArgument.
     Bytes try_claim_all(std::span<const ByteRange> parts, const AllocateOptions& options = {});
@@ -197,8 +198,8 @@ class VirtualMemoryPool {
     void free_live(std::vector<ByteRange> parts, std::span<const Stream> streams, std::shared_ptr<ReleaseGate> gate);
 
     // growth.cpp
-    // Returns the bytes that were lacking, 0 where it succeeded; throws on any other failure. State changes only on
-    // success.
+    // Returns the bytes that room is needed for, 0 where it succeeded; throws on any other failure. State changes only
+    // on success.
     Bytes try_allocate(std::span<const ByteRange> parts, const AllocateOptions& options);
     Bytes try_fill_gaps(ByteRange pages, const AllocateOptions& options, std::vector<Extent>& fresh);
     Bytes try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh);

@@ -102,7 +102,7 @@ class Region {
     // Offsets count from base(). Errors are VirtualMemoryPool's, and ModelNotFound where claim or prefetch come after
     // unregister.
     void claim(Bytes offset, Bytes size, AllocateOptions options);
-    // All parts or none, without making room: returns the bytes that were lacking. See
+    // All parts or none, without making room: returns the bytes that room is needed for. See
     // VirtualMemoryPool::try_claim_all.
     Bytes try_claim(std::vector<ByteRange> parts, AllocateOptions options);
     // All parts or none.

@@ -22,7 +22,7 @@ from vllm_engine import BLOCK, HostEngine, cache_config, request_of
 
 
 def config_of(**fields):
-    parallel = SimpleNamespace(world_size=1, tensor_parallel_size=1, pipeline_parallel_size=1)
+    parallel = SimpleNamespace(world_size=1, tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1)
     model = SimpleNamespace(served_model_name=None, model="/models/llama-8b/")
     config = {"parallel_config": parallel, "kv_transfer_config": None, "additional_config": {}, "model_config": model}
     return SimpleNamespace(**{**config, **fields})
@@ -111,6 +111,9 @@ def test_what_is_refused():
         Engine.of(config_of(parallel_config=two), in_process=False)
     with pytest.raises(NotSupported, match="own process"):
         Engine.of(config_of(), in_process=False)
+    ranks = SimpleNamespace(**{**vars(config_of().parallel_config), "data_parallel_size": 4})
+    with pytest.raises(NotSupported, match="one data-parallel rank, not 4"):
+        Engine.of(config_of(parallel_config=ranks), in_process=True)
     with pytest.raises(NotSupported, match="KV connectors"):
         Engine.of(config_of(kv_transfer_config=object()), in_process=True)
     engine = Engine.of(config_of(), in_process=True)

@@ -52,6 +52,11 @@ class Engine:
                 f"parallel size 1, not {parallel.tensor_parallel_size} and {parallel.pipeline_parallel_size}, and the "
                 "default executor (ELASTIKV_VLLM=0 turns the plugin off)"
             )
+        if parallel.data_parallel_size > 1:
+            raise NotSupported(
+                f"elastikv's plugin serves one data-parallel rank, not {parallel.data_parallel_size}: start an engine "
+                "a rank, which may share a GPU (ELASTIKV_VLLM=0 turns the plugin off)"
+            )
         if vllm_config.kv_transfer_config is not None:
             raise NotSupported("elastikv's plugin does not go with KV connectors yet (ELASTIKV_VLLM=0 turns it off)")
         settings = Settings.read(vllm_config.additional_config)
