@@ -83,8 +83,12 @@ class Ladder {
         for (const Held& each : all) {
             const Bytes most = share(*each.account);
             if (most == 0) continue;
+            // It may be parked now, or be gone already.
+            const Bytes before = each.account->quota().charged;
             const Bytes released = each.holder->release_idle(most);
-            if (released > 0) freed_ += each.account->reclaim(released, false);
+            if (released > 0) each.account->reclaim(released, false);
+            const Bytes after = each.account->quota().charged;
+            freed_ += before > after ? before - after : 0;
         }
     }
 
