@@ -83,12 +83,12 @@ class Ladder {
         for (const Held& each : all) {
             const Bytes most = share(*each.account);
             if (most == 0) continue;
-            const Bytes before = each.account->excess();
+            // It may be parked now, or, in a pool that parks little, be gone already.
+            const Bytes before = each.account->quota().charged;
             const Bytes released = each.holder->release_idle(most);
             if (released == 0) continue;
-            // A pool that parks little has given some of it back by itself.
             const Bytes reclaimed = each.account->reclaim(released, false);
-            const Bytes after = each.account->excess();
+            const Bytes after = each.account->quota().charged;
             freed_ += std::max(reclaimed, before > after ? before - after : 0);
         }
     }

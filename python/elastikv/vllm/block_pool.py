@@ -265,10 +265,13 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
     def give_up(self, wanted: int) -> int:
         """Gives cached blocks back, oldest first, until `wanted` bytes are free; returns how many are.
 
-        Called from any thread; in the middle of a step there is nothing to give.
+        Called from any thread; in the middle of a step there is nothing to give. What was freed before and waits for
+        the device is on its way, and not given up twice.
         """
+        assert self.memory is not None
         with self.step_lock.from_outside() as taken:
-            return self._evict(wanted) if taken else 0
+            wanted -= self.memory.retiring_bytes
+            return self._evict(wanted) if taken and wanted > 0 else 0
 
     def _evict(self, wanted: int) -> int:
         """By extents, in the order of their oldest blocks: only those that nobody uses, as others would not go."""

@@ -104,6 +104,11 @@ class KVMemory:
         """Of the extents that hold a block."""
         return self.blocks.physical_bytes
 
+    @property
+    def retiring_bytes(self) -> int:
+        """Freed, while work that was enqueued before may still touch it."""
+        return self.model.stats().retiring
+
     def available(self) -> int:
         """How many blocks there is memory for without asking anyone."""
         return self.blocks.available()
