@@ -13,14 +13,8 @@
 namespace elastikv {
 
 void VirtualMemoryPool::alias(Bytes to, Bytes from, Bytes size, Bytes shared, const AllocateOptions& options) {
-    for (bool waited = false;;) {
-        const Bytes lacking = try_alias(to, from, size, shared, options);
-        if (lacking == 0) return;
-        if (make_room(lacking, false) > 0) continue;
-        if (waited) throw out_of_memory(lacking);
-        waited = true;
-        make_room(lacking, true);
-    }
+    const Bytes lacking = try_with_room([&] { return try_alias(to, from, size, shared, options); });
+    if (lacking > 0) throw out_of_memory(lacking);
 }
 
 Bytes VirtualMemoryPool::try_alias(Bytes to, Bytes from, Bytes size, Bytes shared, AllocateOptions options) {
@@ -223,14 +217,8 @@ void VirtualMemoryPool::collect_fences(const Extent& extent, std::vector<FencePt
 void VirtualMemoryPool::make_writable(Bytes offset, Bytes size, std::span<const Stream> streams) {
     process_.require_same_process();
     const ByteRange pages = table_.pages_of(checked_range(offset, size));
-    for (bool waited = false;;) {
-        const Bytes lacking = try_make_writable(pages, streams);
-        if (lacking == 0) return;
-        if (make_room(lacking, false) > 0) continue;
-        if (waited) throw out_of_memory(lacking);
-        waited = true;
-        make_room(lacking, true);
-    }
+    const Bytes lacking = try_with_room([&] { return try_make_writable(pages, streams); });
+    if (lacking > 0) throw out_of_memory(lacking);
 }
 
 Bytes VirtualMemoryPool::try_make_writable(ByteRange pages, std::span<const Stream> streams) {

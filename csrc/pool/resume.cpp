@@ -25,14 +25,7 @@ Bytes VirtualMemoryPool::resume(const std::vector<ByteRange>& parts, const WaitO
     process_.require_same_process();
     Observed observed(EventKind::resume, options_.name);
     Bytes made = 0;
-    Bytes lacking = try_resume(parts, nullptr, made);
-    for (bool waited = false; lacking > 0 && !waited;) {
-        if (make_room(lacking, false) == 0) {
-            waited = true;
-            make_room(lacking, true);
-        }
-        lacking = try_resume(parts, nullptr, made);
-    }
+    Bytes lacking = try_with_room([&] { return try_resume(parts, nullptr, made); });
     while (lacking > 0) {
         if (wait == nullptr || !budget_) throw out_of_memory(lacking);
         std::optional<Grant> grant = budget_->wait_for_room(lacking, *wait);

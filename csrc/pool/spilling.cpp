@@ -45,14 +45,9 @@ Bytes VirtualMemoryPool::unspill(const std::vector<ByteRange>& parts) {
     process_.require_same_process();
     synchronize();
     Bytes moved = 0;
-    for (bool waited = false;;) {
-        const Bytes lacking = try_unspill(parts, moved);
-        if (lacking == 0) return moved;
-        if (make_room(lacking, false) > 0) continue;
-        if (waited) throw out_of_memory(lacking);
-        waited = true;
-        make_room(lacking, true);
-    }
+    const Bytes lacking = try_with_room([&] { return try_unspill(parts, moved); });
+    if (lacking > 0) throw out_of_memory(lacking);
+    return moved;
 }
 
 // Returns the bytes that were lacking for the next extent, 0 where all are back.

@@ -77,21 +77,27 @@ ByteRange VirtualMemoryPool::checked_range(Bytes offset, Bytes size) const {
 }
 
 Address VirtualMemoryPool::allocate(Bytes offset, Bytes size, const AllocateOptions& options) {
-    // Reclaiming takes other pools' locks and may wait for the device, so it happens between attempts, without our
-    // lock.
-    for (bool waited = false;;) {
-        Bytes lacking = try_claim(offset, size, options);
-        if (lacking == 0) return base_address() + offset;
-        // Of several extents the first ones may have fit, and went back when the next one did not: all of it is asked
-        // for, as otherwise the ledger would seem to have room.
-        lacking = std::max(lacking, missing(offset, size));
+    const bool may_wait = options.wait != nullptr && budget_;
+    if (may_wait && budget_->in_demand()) {
+        // Others wait. Memory that nobody holds here is theirs first, or who has just freed would always be served first.
+        if (const Bytes wanted = not_held(offset, size); wanted > 0) return allocate_in_line(offset, size, options, wanted);
+    }
+    const Bytes lacking = try_with_room([&] { return try_claim(offset, size, options); });
+    if (lacking == 0) return base_address() + offset;
+    if (!may_wait) throw out_of_memory(lacking);
+    return allocate_in_line(offset, size, options, lacking);
+}
+
+// Reclaiming takes other pools' locks and may wait for the device, so it happens between attempts, without our lock.
+Bytes VirtualMemoryPool::try_with_room(const std::function<Bytes()>& attempt) {
+    for (Bytes waited_for = 0;;) {
+        const Bytes lacking = attempt();
+        if (lacking == 0) return 0;
         if (make_room(lacking, false) > 0) continue;
-        if (waited) {
-            if (options.wait == nullptr || !budget_) throw out_of_memory(lacking);
-            return allocate_in_line(offset, size, options, lacking);
-        }
-        // Tried again whatever that freed: the worker or another thread may have given memory back meanwhile.
-        waited = true;
+        // What was idle here may have gone back to make room, and lacks too from then on.
+        if (lacking <= waited_for) return lacking;
+        // Tried again whatever that frees: the worker or another thread may give memory back meanwhile.
+        waited_for = lacking;
         make_room(lacking, true);
     }
 }
@@ -114,6 +120,19 @@ Bytes VirtualMemoryPool::missing(Bytes offset, Bytes size) const {
     const std::lock_guard lock(mutex_);
     Bytes sum = 0;
     for (const ByteRange& gap : table_.gaps(table_.pages_of(bytes))) sum += gap.size();
+    return sum;
+}
+
+// Bytes of the range's pages that are missing, or lie on extents of which nothing is in use.
+Bytes VirtualMemoryPool::not_held(Bytes offset, Bytes size) const {
+    const ByteRange bytes = checked_range(offset, size);
+    const std::lock_guard lock(mutex_);
+    const ByteRange pages = table_.pages_of(bytes);
+    Bytes sum = 0;
+    for (const ByteRange& gap : table_.gaps(pages)) sum += gap.size();
+    table_.for_each_extent(pages, [&](const Extent& extent) {
+        if (extent.used == 0) sum += extent.range.clipped_to(pages).size();
+    });
     return sum;
 }
 

@@ -16,6 +16,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <mutex>
 #include <span>
 
@@ -68,6 +69,9 @@ class VirtualMemoryPool {
     // What allocate() does between attempts, without a lock: room for `lacking` bytes, from the budget's other pools
     // too. Returns the bytes freed.
     Bytes make_room(Bytes lacking, bool wait);
+    // Calls `attempt`, which returns the bytes that it lacked, and makes room in between, without a lock: for pools' own
+    // operations, and for callers of try_claim. Returns 0 once an attempt succeeded, or what lacks when no more can be had.
+    Bytes try_with_room(const std::function<Bytes()>& attempt);
     // What could be mapped now without taking it from others: room in the budget, or on the device where there is none,
     // and what is parked here. A hint, as others may be faster.
     Bytes room() const;
@@ -205,6 +209,7 @@ class VirtualMemoryPool {
     Bytes try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh);
     bool try_charge(Bytes bytes, Grant* grant) noexcept;
     Bytes missing(Bytes offset, Bytes size) const;
+    Bytes not_held(Bytes offset, Bytes size) const;
     Address allocate_in_line(Bytes offset, Bytes size, AllocateOptions options, Bytes lacking);
     Bytes open_ended_end(ByteRange gap, const AllocateOptions& options) const;
     Status try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh);

@@ -75,18 +75,11 @@ ByteRange BlockPool::bytes_of(std::uint64_t extent) const {
 void BlockPool::allocate(std::span<BlockId> out, Stream stream) {
     process_.require_same_process();
     VirtualMemoryPool& pool = model()->pool();
-    for (bool waited = false;;) {
-        Bytes lacking = 0;
-        {
-            const std::lock_guard lock(mutex_);
-            lacking = try_allocate(out, stream);
-        }
-        if (lacking == 0) return;
-        if (pool.make_room(lacking, false) > 0) continue;
-        if (waited) throw pool.out_of_memory(lacking);
-        waited = true;
-        pool.make_room(lacking, true);
-    }
+    const Bytes lacking = pool.try_with_room([&] {
+        const std::lock_guard lock(mutex_);
+        return try_allocate(out, stream);
+    });
+    if (lacking > 0) throw pool.out_of_memory(lacking);
 }
 
 Bytes BlockPool::try_allocate(std::span<BlockId> out, Stream stream) {

@@ -7,6 +7,7 @@
 #include "support/lagging_driver.h"
 #include "support/pool_fixture.h"
 #include "support/random.h"
+#include "support/waiting.h"
 #include "support/watching_driver.h"
 
 namespace elastikv::testing {
@@ -220,19 +221,6 @@ TEST_CASE("a limit lowered under use gives parked memory back at once and the re
     region->claim(0, 6 * at.page, {});
     CHECK(model->quota().overage == 0);
     at.require_sound();
-}
-
-WaitOptions waiting(std::chrono::milliseconds time) { return {std::chrono::steady_clock::now() + time, nullptr, {}}; }
-
-AllocateOptions waiting_for(const WaitOptions& wait) {
-    AllocateOptions options;
-    options.wait = &wait;
-    return options;
-}
-
-// Returns once so many requests of the model wait.
-void await_waiters(const Model& model, std::uint64_t count) {
-    while (model.quota().waiters != count) std::this_thread::yield();
 }
 
 TEST_CASE("an allocation that waits gets its memory when others free it", "[shared][wait]") {

@@ -1,0 +1,68 @@
+// Pools that share a limit on a device whose work is late: what retires counts as room only once it has.
+#include <thread>
+
+#include "shared/shared_memory_pool.h"
+#include "support/lagging_driver.h"
+#include "support/pool_fixture.h"
+#include "support/waiting.h"
+
+namespace elastikv::testing {
+namespace {
+
+struct LagFixture {
+    explicit LagFixture(Bytes limit_pages, Bytes park_limit = 64 * MiB)
+        : page(host->capabilities().granularity),
+          shared(std::make_unique<SharedMemoryPool>(limit_pages * page, lagging, PoolOptions{.park_limit = park_limit})) {}
+
+    ModelPtr model(const std::string& name) { return shared->register_model(name, 64 * MiB); }
+    // Releases [0, pages) behind work on the stream that has not run.
+    void retire(Model& of, Bytes pages, Stream stream) const {
+        lagging->enqueue(stream, of.base_address(), pages * page, [] {});
+        of.deallocate(0, pages * page, std::array{stream});
+    }
+
+    std::shared_ptr<HostDriver> host = std::make_shared<HostDriver>();
+    std::shared_ptr<LaggingDriver> lagging = std::make_shared<LaggingDriver>(host);
+    Bytes page;
+    std::unique_ptr<SharedMemoryPool> shared;
+};
+
+TEST_CASE("what an allocation gave up of its own is waited for like the rest", "[shared][ladder]") {
+    LagFixture at(4);
+    const ModelPtr asker = at.model("asker");
+    const ModelPtr other = at.model("other");
+    asker->allocate(2 * at.page);
+    other->allocate(2 * at.page);
+    at.retire(*asker, 2, {1});
+    at.retire(*other, 2, {2});
+    // Two of the four pages lie where they are wanted, and retire: waiting for room gives these back first.
+    CHECK(asker->allocate(4 * at.page) == asker->base_address());
+    CHECK(asker->quota().charged == 4 * at.page);
+    CHECK(other->quota().charged == 0);
+    CHECK(at.lagging->breach().empty());
+}
+
+TEST_CASE("who frees while others wait stands in line like them", "[shared][wait]") {
+    LagFixture at(1, 0);
+    const ModelPtr holder = at.model("holder");
+    const ModelPtr other = at.model("other");
+    const WaitOptions wait = waiting(std::chrono::minutes(5));
+    holder->allocate(at.page);
+    std::thread asking([&] {
+        other->allocate(at.page, waiting_for(wait));
+        other->deallocate(0, at.page);
+    });
+    await_waiters(*other, 1);
+    at.retire(*holder, 1, {1});
+    std::thread again([&] { holder->allocate(at.page, waiting_for(wait)); });  // its own page would be at hand
+    await_waiters(*holder, 1);
+    at.lagging->advance({1}, 8);
+    again.join();
+    asking.join();
+    CHECK(other->quota().grants == 1);
+    CHECK(holder->quota().charged == at.page);
+    CHECK(at.lagging->breach().empty());
+}
+
+}  // namespace
+}  // namespace elastikv::testing
