@@ -133,12 +133,20 @@ def serve_engines(engines: Sequence[Engine], jobs: Sequence[Job], peaks: list[in
     return [outcome(*pair) for pair in zip(jobs, requests)]
 
 
+def next_result(manager: Any) -> Any:
+    """None where there is none within a second. RuntimeError once the thread that computes them has died."""
+    done = manager.get_result(timeout=1.0)
+    if done is None and not manager.is_running():
+        raise RuntimeError("the thread of transformers' continuous batching has died")
+    return done
+
+
 def serve_continuous(model: Any, jobs: Sequence[Job]) -> list[Outcome]:
     settings = GenerationConfig(max_new_tokens=max(job.wanted for job in jobs), do_sample=False, eos_token_id=-1)
     with model.continuous_batching_context_manager(generation_config=settings) as manager:
         warm = [manager.add_request(jobs[0].prompt, max_new_tokens=4, eos_token_id=-1) for _ in range(4)]
         while warm:
-            done = manager.get_result(timeout=1.0)
+            done = next_result(manager)
             warm = [one for one in warm if done is None or one != done.request_id]
         start = time.perf_counter()
         names = {}
@@ -148,7 +156,7 @@ def serve_continuous(model: Any, jobs: Sequence[Job]) -> list[Outcome]:
             names[name] = index
         outcomes: dict[int, Outcome] = {}
         while len(outcomes) < len(jobs):
-            done = manager.get_result(timeout=1.0)
+            done = next_result(manager)
             if done is None:
                 continue
             index = names[done.request_id]
@@ -292,21 +300,20 @@ def main() -> int:
         "continuous": ("sdpa", lambda: serve_continuous(model, alone)),
         "static batches": ("sdpa", lambda: serve_batches(model, alone)),
     }
-    with torch.inference_mode():
-        for name, (attention, way) in ways.items():
-            model.set_attn_implementation(attention)
-            if name == "static batches":
-                serve_batches(model, [Job(0.0, alone[0].prompt, 2, 0)])
-            try:
-                single[name] = way()
-            except Exception as failed:  # transformers' interfaces for serving change from version to version
-                if name == "engine":
-                    raise
-                not_run[name] = f"{type(failed).__name__}: {failed}"
-                print(f"  {name:16} could not be run: {not_run[name]}", flush=True)
-                continue
-            print(f"  {name:16} {serving_report.line(summary(single[name]))}", flush=True)
-            gc.collect()
+    for name, (attention, way) in ways.items():
+        model.set_attn_implementation(attention)
+        if name == "static batches":
+            serve_batches(model, [Job(0.0, alone[0].prompt, 2, 0)])
+        try:
+            single[name] = way()
+        except Exception as failed:  # transformers' interfaces for serving change from version to version
+            if name == "engine":
+                raise
+            not_run[name] = f"{type(failed).__name__}: {failed}"
+            print(f"  {name:16} could not be run: {not_run[name]}", flush=True)
+            continue
+        print(f"  {name:16} {serving_report.line(summary(single[name]))}", flush=True)
+        gc.collect()
 
     model.set_attn_implementation(NAME)
     shares: list[dict[str, Any]] = []
