@@ -79,8 +79,10 @@ ByteRange VirtualMemoryPool::checked_range(Bytes offset, Bytes size) const {
 Address VirtualMemoryPool::allocate(Bytes offset, Bytes size, const AllocateOptions& options) {
     const bool may_wait = options.wait != nullptr && budget_;
     if (may_wait && budget_->in_demand()) {
-        // Others wait. Memory that nobody holds here is theirs first, or who has just freed would always be served first.
-        if (const Bytes wanted = not_held(offset, size); wanted > 0) return allocate_in_line(offset, size, options, wanted);
+        // Others wait. Memory that nobody holds here is theirs first, or who has just freed would always be served
+        // first.
+        if (const Bytes wanted = not_held(offset, size); wanted > 0)
+            return allocate_in_line(offset, size, options, wanted);
     }
     const Bytes lacking = try_with_room([&] { return try_claim(offset, size, options); });
     if (lacking == 0) return base_address() + offset;

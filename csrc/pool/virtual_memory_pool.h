@@ -69,8 +69,9 @@ class VirtualMemoryPool {
     // What allocate() does between attempts, without a lock: room for `lacking` bytes, from the budget's other pools
     // too. Returns the bytes freed.
     Bytes make_room(Bytes lacking, bool wait);
-    // Calls `attempt`, which returns the bytes that it lacked, and makes room in between, without a lock: for pools' own
-    // operations, and for callers of try_claim. Returns 0 once an attempt succeeded, or what lacks when no more can be had.
+    // Calls `attempt`, which returns the bytes that it lacked, and makes room in between, without a lock: for pools'
+    // own operations, and for callers of try_claim. Returns 0 once an attempt succeeded, or what lacks when no more can
+    // be had.
     Bytes try_with_room(const std::function<Bytes()>& attempt);
     // What could be mapped now without taking it from others: room in the budget, or on the device where there is none,
     // and what is parked here. A hint, as others may be faster.

@@ -12,7 +12,8 @@ namespace {
 struct LagFixture {
     explicit LagFixture(Bytes limit_pages, Bytes park_limit = 64 * MiB)
         : page(host->capabilities().granularity),
-          shared(std::make_unique<SharedMemoryPool>(limit_pages * page, lagging, PoolOptions{.park_limit = park_limit})) {}
+          shared(
+              std::make_unique<SharedMemoryPool>(limit_pages * page, lagging, PoolOptions{.park_limit = park_limit})) {}
 
     ModelPtr model(const std::string& name) { return shared->register_model(name, 64 * MiB); }
     // Releases [0, pages) behind work on the stream that has not run.
