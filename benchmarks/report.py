@@ -22,6 +22,7 @@ from typing import Any
 
 import allocator_report
 import decode_report
+import pause_report
 import serving_report
 import sharing_report
 import two_gpus_report
@@ -34,6 +35,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 REPORTS: dict[str, Any] = {
     "allocator": allocator_report,
     "decode": decode_report,
+    "pause": pause_report,
     "serving": serving_report,
     "sharing": sharing_report,
     "two-gpus": two_gpus_report,
@@ -211,6 +213,20 @@ def serving_section(result: dict[str, Any]) -> str:
     return f"{head}\n\n{serving_report.markdown(result)}"
 
 
+def pause_section(result: dict[str, Any]) -> str:
+    where = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}"
+    return f"A model that sleeps and wakes, on {where} ({result['date']}, commit {result['commit']}):\n\n" + (
+        pause_report.markdown(result)
+    )
+
+
+def vllm_section(result: dict[str, Any]) -> str:
+    where = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}"
+    what = f"vLLM {result['vllm']} with a Llama of a billion weights"
+    head = f"{what}, on {where} ({result['date']}, commit {result['commit']}):"
+    return f"{head}\n\n{vllm_report.markdown(result)}"
+
+
 def readme() -> None:
     """Replaces the README's tables by those of the newest results."""
     path = ROOT / "README.md"
@@ -222,6 +238,8 @@ def readme() -> None:
         ("sharing", sharing_section),
         ("two-gpus", two_gpus_section),
         ("serving", serving_section),
+        ("pause", pause_section),
+        ("vllm", vllm_section),
     ):
         begin, end = f"<!-- {benchmark}: made by benchmarks/report.py readme -->", f"<!-- {benchmark}: end -->"
         result = newest(benchmark)

@@ -18,10 +18,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 import elastikv
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pause_report
 
 GIB = 1 << 30
 STEP = 64 << 20
@@ -110,20 +114,12 @@ def main() -> None:
     asked = parser.parse_args()
     size = max(2 * STEP, int(asked.gib * GIB) // (2 * STEP) * (2 * STEP))
     row = measure(asked.device, size, asked.rounds)
-    print(f"{size / GIB:.3g} GiB on {asked.device}")
-    for name, way, plain in (("pause", "pause_ratio", "copy_out"), ("resume", "resume_ratio", "copy_back")):
-        print(
-            f"{name:>24} {row[name] / 1e9:8.1f} GB/s   plain copy {row[plain] / 1e9:8.1f} GB/s   "
-            f"ratio {row[way]:.3f} (bar 0.9)"
-        )
-    print(f"{'pause without a backup':>24} {row['forget_ms_per_gib']:8.3f} ms/GiB")
-    print(f"{'resume without a backup':>24} {row['remake_ms_per_gib']:8.3f} ms/GiB   (bar 1)")
-    print(f"{'pinning, the first time':>24} {row['pinning_s_per_gib']:8.3f} s/GiB")
+    result = {"benchmark": "pause", "torch": torch.__version__, "device": asked.device, **row}
     if asked.json:
         with open(asked.json, "w") as file:
-            json.dump({"device": asked.device, **row}, file, indent=1)
-    missed = row["pause_ratio"] < 0.9 or row["resume_ratio"] < 0.9 or row["remake_ms_per_gib"] > 1
-    if asked.device != "cpu" and missed:
+            json.dump(result, file, indent=1)
+    pause_report.print_tables(result)
+    if asked.device != "cpu" and not all(holds for *_, holds in pause_report.bars(result)):
         sys.exit("a bar is missed")
 
 
