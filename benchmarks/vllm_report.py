@@ -98,8 +98,11 @@ def markdown(result: dict[str, Any]) -> str:
         text.append(
             f"| {title} | {form.format(plain / unit)} | {form.format(elastic / unit)} | {elastic / plain:.3g} x |"
         )
-    text += ["", f"{one['equal']} of {one['requests']} requests have plain vLLM's tokens. Without the kept prefixes the "
-                 f"burst's memory is back to {one['returned_bytes'] / MIB:.0f} MiB after {one['return_s']:.2f} s."]  # fmt: skip
+    text += ["", f"{one['equal']} of {one['requests']} requests have plain vLLM's tokens."]
+    text.append(
+        f"Without the kept prefixes the burst's memory is back to {one['returned_bytes'] / MIB:.0f} MiB after "
+        f"{one['return_s']:.2f} s."
+    )
     killed = result.get("kill")
     if killed:
         text.append(

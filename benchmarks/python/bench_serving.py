@@ -78,7 +78,7 @@ class Plan:
 
 
 TINY = Plan("random:tiny", torch.float32, Load(16, 1, 0.02, 0.25), Load(24, 3, 0.02, 1.0), (0.6, 0.4))
-QUICK = Plan("random:large", torch.bfloat16, Load(24, 3, 0.03, 4.0), Load(24, 4, 0.1, 4.0), (0.5,))
+QUICK = Plan("random:large", torch.bfloat16, Load(24, 2, 0.03, 4.0), Load(24, 4, 0.1, 4.0), (0.5,))
 FULL = Plan("random:large", torch.bfloat16, Load(240, 8, 0.06, 4.0), Load(240, 6, 0.1, 4.0), (0.8, 0.6, 0.4, 0.25))
 #: Seconds of the trace, as it is written, after which another of the three models is the busy one.
 SHIFT = 15.0
