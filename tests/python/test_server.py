@@ -152,6 +152,11 @@ def test_stop_seed_and_timeout(served):
         ({"prompt": [1], "stop": 3}, 400, "stop must be"),
         ({"prompt": [9999]}, 400, "token 9999"),
         ({"prompt": [-1]}, 400, "token -1"),
+        ({"prompt": [1], "seed": 1 << 63}, 400, "seed=9223372036854775808"),
+        ({"prompt": [1], "temperature": 1e300}, 400, "temperature=1e+300"),
+        ({"prompt": [1], "temperature": 10**400}, 400, "temperature must be a number of 64 bits"),
+        ({"prompt": [1], "repetition_penalty": 1e39}, 400, "repetition_penalty=1e+39"),
+        ({"prompt": "\ud800"}, 400, "prompt is no text"),
     ],
 )
 def test_what_is_wrong_with_a_request(served, body, status, complaint):
@@ -161,7 +166,79 @@ def test_what_is_wrong_with_a_request(served, body, status, complaint):
 
     answer = run(served, ask)
     assert answer.status_code == status and complaint in answer.json()["error"]["message"]
-    assert served.engine.idle
+    assert served.engine.idle and served.runner.alive
+
+
+def test_more_likeliest_tokens_than_there_are_are_all_of_them(served):
+    async def ask(client):
+        body = {"prompt": [5, 6], "max_tokens": 6, "seed": 4}
+        return [(await client.post("/v1/completions", json={**body, "top_k": top_k})) for top_k in (512, 1 << 70)]
+
+    every, more = run(served, ask)
+    assert every.status_code == more.status_code == 200 and every.json()["choices"] == more.json()["choices"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("heard", [0, 1])
+def test_who_leaves_is_not_served_further(network, stream, heard):
+    """The client goes before the answer begins, or after its first piece; nobody computes the rest of it."""
+    with elastikv.SharedMemoryPool(2048 * PAGE, "cpu") as pool:
+        engine = Engine(network, pool.register_model("tiny", 1 << 40), max_batch=4, max_tokens=512)
+        served = Served(engine, Runner(engine), Texts(None, 512), [])
+        served.runner.stop()  # who steps is the test
+        app = make_app(served, pool)
+        body = json.dumps({"prompt": [5], "max_tokens": 400, "stream": stream}).encode()
+        requests = []
+        submit, engine.submit = engine.submit, lambda *a, **k: requests.append(submit(*a, **k)) or requests[-1]
+
+        async def main():
+            left, messages = asyncio.Event(), []
+            if heard == 0:
+                left.set()
+            asks = [{"type": "http.request", "body": body, "more_body": False}]
+
+            async def receive():
+                if asks:
+                    return asks.pop()
+                await left.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                messages.append(message)
+                await asyncio.sleep(0)  # as where the socket is full
+
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b"",
+                     "asgi": {"version": "3.0", "spec_version": "2.3"}, "app": app}  # fmt: skip
+            serving = asyncio.ensure_future(app(scope, receive, send))
+            while heard and not requests:
+                await asyncio.sleep(0)
+            if heard:
+                engine.advance()
+                await asyncio.sleep(0)
+                left.set()
+            await serving
+
+        asyncio.run(main())
+        (request,) = requests
+        assert request.cancelled
+        engine.advance()
+        assert request.done and len(request.answer) <= 1 + heard and engine.idle
+        engine.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_the_engine_cut_off_is_an_error(served, stream):
+    async def ask(client):
+        body = {"prompt": [5], "max_tokens": 500, "stream": stream}
+        asking = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        while not served.engine.counts.submitted:
+            await asyncio.sleep(0)
+        served.engine.close()
+        return await asking
+
+    answer = run(served, ask)
+    assert answer.status_code == (200 if stream else 503)
+    assert "engine 'tiny' was closed" in answer.text and '"finish_reason": "stop"' not in answer.text
 
 
 def test_models_health_and_metrics(served):

@@ -307,6 +307,9 @@ def test_what_can_never_be_served_is_refused(llama, device, shared, page_size):
         ([5], {"max_new_tokens": 0}, "0 new ones"),
         ([5] * 100, {"max_new_tokens": 62}, "do not fit an engine of max_tokens=160"),
         ([5], {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ([5], {"repetition_penalty": 1e39}, "repetition_penalty=1e.39"),
+        ([5], {"sampling": Sampling(1e300)}, "temperature=1e.300"),
+        ([5], {"seed": 1 << 63}, "seed=9223372036854775808"),
     ):
         with pytest.raises(elastikv.InvalidArgument, match=complaint):
             engine.submit(tokens, **options)
@@ -323,5 +326,9 @@ def test_what_can_never_be_served_is_refused(llama, device, shared, page_size):
     with pytest.raises(elastikv.PoolClosed, match="was closed"):
         engine.advance()
     engine.close()
+    late = make_engine(shared, llama, "late", clock=lambda: late.close() or 0.0)  # amid the call of submit
+    with pytest.raises(elastikv.PoolClosed, match="was closed"):
+        late.submit([5])
+    assert late.idle
     with pytest.raises(elastikv.InvalidArgument, match="max_batch=0"):
         make_engine(shared, llama, "third", max_batch=0)

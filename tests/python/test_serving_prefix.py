@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ pytest.importorskip("transformers")
 
 from elastikv.serving import run_until_idle
 from hf_networks import make_network
-from serving_tools import closed, expected, make_engine, make_pool, prompt, same
+from serving_tools import PAGES, closed, expected, make_engine, make_pool, prompt, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,6 +49,52 @@ def test_prompts_with_a_common_front_are_computed_once(llama, device, shared):
     run_until_idle(engine)
     assert next_turn.prefix_tokens == 259 + 5
     assert same(next_turn.answer, expected(llama, [*first.tokens, 11, 12], 4), device)
+    closed(shared, engine)
+
+
+def test_a_prefix_that_takes_all_memory_may_go_before_who_shares_it_starts(llama, device, page_size):
+    """Not even the places in a decoder that nobody takes have memory then."""
+    tokens = 3 * page_size // (3 * 2 * 2 * 16 * llama.dtype.itemsize)
+    with make_pool(device, page_size, pages=4) as pool:
+        engine = make_engine(pool, llama, max_tokens=2 * tokens, max_batch=2, chunk=tokens)
+        first = engine.submit(prompt(5, tokens - 1), max_new_tokens=2)
+        run_until_idle(engine)
+        other = pool.register_model("other", virtual_capacity=1 << 40)
+        rest = elastikv.SlotTensor(other, 1, 1, page_size // 2, torch.float16)
+        rest.grow([0], [1])
+        assert len(engine.prefixes) == 1 and pool.global_stats().physical_usage == 4 * page_size
+        again = engine.submit([*first.asked.prompt[: tokens // 3], 3], max_new_tokens=2)
+        run_until_idle(engine)
+        assert same(again.answer, expected(llama, list(again.asked.prompt), 2), device)
+        rest.shrink([0], [0])
+        closed(pool, engine)
+
+
+def test_who_lacked_memory_during_the_last_step_gets_it_after(llama, device, shared, page_size, monkeypatch):
+    """A step in which prefixes can't go is followed by one in which they do, also where no request is left."""
+    engine = make_engine(shared, llama)
+    other = shared.register_model("other", virtual_capacity=1 << 40)
+    rows = elastikv.SlotTensor(other, 1, PAGES, page_size // 2, torch.float16)
+    refused = []
+    run = engine._prompts.run
+
+    def ask_meanwhile(requests):
+        def ask():
+            with pytest.raises(elastikv.OutOfPhysicalMemory):
+                rows.grow([0], [PAGES], exact=True)
+            refused.append(True)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        return run(requests)
+
+    monkeypatch.setattr(engine._prompts, "run", ask_meanwhile)
+    engine.submit(prompt(1, 12), max_new_tokens=1)
+    run_until_idle(engine)
+    assert refused == [True] and len(engine.prefixes) == 0
+    rows.grow([0], [PAGES], exact=True)
+    rows.shrink([0], [0])
     closed(shared, engine)
 
 

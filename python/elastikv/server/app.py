@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 import elastikv.metrics
 from elastikv.errors import InvalidArgument, OutOfPhysicalMemory, PoolClosed
@@ -41,6 +42,7 @@ class _Answer:
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[int | None] = asyncio.Queue()
         self._queue = queue
+        self._name = served.engine.name
         self.stream = Stream(served.texts, asked.stops)
         engine = served.engine
 
@@ -72,10 +74,16 @@ class _Answer:
                 yield piece
             if self.request.error is not None:
                 raise self.request.error
+            if self.request.finish is Finish.CANCELLED:
+                raise PoolClosed(f"engine {self._name!r} was closed before the answer was whole")
             yield self.stream.end()
         finally:
-            if not self.request.done:
-                self.request.cancel()
+            self.leave()
+
+    def leave(self) -> None:
+        """Nobody listens any more."""
+        if not self.request.done:
+            self.request.cancel()
 
     @property
     def reason(self) -> str:
@@ -109,7 +117,7 @@ def make_app(served: Served, pool: elastikv.SharedMemoryPool, registry: Collecto
             return JSONResponse(error(str(closed), "server_error"), 503)
         shape = Shape(name)
         if asked.stream:
-            return StreamingResponse(_events(answer, shape, asked.usage_in_stream), media_type="text/event-stream")
+            return _Events(answer, shape, asked.usage_in_stream)
         reading = asyncio.ensure_future(_read(answer))
         leaving = asyncio.ensure_future(_left(http))
         await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -119,7 +127,8 @@ def make_app(served: Served, pool: elastikv.SharedMemoryPool, registry: Collecto
             return Response(status_code=499)  # nobody is there to read it
         failed = reading.exception()
         if failed is not None:
-            return JSONResponse(error(str(failed), "server_error"), 500)
+            status = 503 if isinstance(failed, PoolClosed) else 500
+            return JSONResponse(error(str(failed), "server_error"), status)
         return JSONResponse(shape.whole(reading.result(), answer.reason, answer.request))
 
     async def models(http: HttpRequest) -> Response:
@@ -144,6 +153,20 @@ def make_app(served: Served, pool: elastikv.SharedMemoryPool, registry: Collecto
             Route("/metrics", metrics),
         ]
     )
+
+
+class _Events(StreamingResponse):
+    """An answer in pieces. Whoever leaves before the first one is not served either."""
+
+    def __init__(self, answer: _Answer, shape: Shape, usage: bool) -> None:
+        super().__init__(_events(answer, shape, usage), media_type="text/event-stream")
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.leave()
 
 
 async def _read(answer: _Answer) -> str:

@@ -103,6 +103,10 @@ def _prompt(prompt: Any, texts: Texts) -> list[int]:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
     if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"prompt is no text: {error}") from error
         return texts.encode(prompt)
     if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
         return prompt
@@ -115,7 +119,10 @@ def _number(body: dict[str, Any], name: str, default: Any) -> Any:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidArgument(f"{name} must be a number, not {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise InvalidArgument(f"{name} must be a number of 64 bits, not one of {len(str(value))} digits") from None
 
 
 def _integer(body: dict[str, Any], name: str, default: Any) -> Any:

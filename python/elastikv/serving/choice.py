@@ -49,7 +49,7 @@ class Choice:
         greedy = sampling.temperature == 0
         self._temperature[row] = 1.0 if greedy else sampling.temperature
         self._top_p[row] = 1.0 if sampling.top_p is None else sampling.top_p
-        self._top_k[row] = 1 if greedy else sampling.top_k or len(self._ranks)
+        self._top_k[row] = 1 if greedy else min(sampling.top_k or len(self._ranks), len(self._ranks))
         self._seed[row] = asked.seed
         self._penalty[row] = asked.repetition_penalty
         if self.kind.penalties:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -174,6 +175,10 @@ class Engine:
         request = Request(self, asked, self.clock(), on_token, on_end)
         self._scheduler.counts.submitted += 1
         self._inbox.append(request)
+        if self._closed:  # meanwhile: then close has ended it, or nobody will
+            with contextlib.suppress(ValueError):
+                self._inbox.remove(request)
+                self._require_open()
         self.wake()
         return request
 
@@ -201,7 +206,8 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._inbox or self._scheduler.waiting or self._scheduler.active or self._scheduler.news)
+        scheduler = self._scheduler
+        return not (self._inbox or scheduler.waiting or scheduler.active or scheduler.news or self._wanted_by_others)
 
     @property
     def waiting(self) -> int:
@@ -259,6 +265,7 @@ class Engine:
                 self._scheduler.add(self._inbox.popleft())
             self._scheduler.end_all()
             self.prefixes.clear()
+            self._wanted_by_others = 0
             self.slots.reset()
             self.slots.drop()
         self.handle.drain()
@@ -277,7 +284,10 @@ class Engine:
         if self._holder == threading.get_ident():
             return 0
         if not self._lock.acquire(blocking=False):
-            self._wanted_by_others = max(self._wanted_by_others, wanted)  # at the next step
+            self._wanted_by_others = max(
+                self._wanted_by_others, wanted
+            )  # at the next step, which may be for this alone
+            self.wake()
             return 0
         try:
             return self.prefixes.evict(wanted)

@@ -51,8 +51,8 @@ class PrefixIndex:
 
     @property
     def bytes(self) -> int:
-        """Of the tokens that it holds, each entry for itself."""
-        return sum(len(tokens) for tokens in self._rows.values()) * self._slots.token_bytes
+        """Of the tokens that it holds, each entry for itself. May be read by any thread."""
+        return sum(len(tokens) for tokens in list(self._rows.values())) * self._slots.token_bytes
 
     def longest(self, prompt: Sequence[int], running: Iterable[tuple[int, Tokens]] = ()) -> tuple[int, int]:
         """(row, tokens) of the longest prefix that some row has; (-1, 0) for none that is worth it.

@@ -19,6 +19,9 @@ from elastikv.hf.sampling import Sampling
 if TYPE_CHECKING:
     from elastikv.serving.engine import Engine
 
+#: Settings of requests are float32 on the device.
+LARGEST = float(np.finfo(np.float32).max)
+
 #: Requests of all engines are numbered as they come: the lower number is the older one.
 _numbers = itertools.count()
 
@@ -62,6 +65,14 @@ class Asked:
             )
         if not self.repetition_penalty > 0:
             raise InvalidArgument(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise InvalidArgument(f"seed={self.seed} must be an integer of 64 bits with a sign")
+        for name, value in (
+            ("temperature", self.sampling.temperature),
+            ("repetition_penalty", self.repetition_penalty),
+        ):
+            if not value <= LARGEST:
+                raise InvalidArgument(f"{name}={value} must be at most {LARGEST}, float32's largest")
 
     @cached_property
     def array(self) -> npt.NDArray[np.int64]:

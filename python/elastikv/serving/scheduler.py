@@ -191,10 +191,10 @@ class Scheduler:
 
     def _start(self, request: Request) -> bool:
         """A row, with memory for all that is known of the request and for what it is promised."""
-        running = ((one.row, one.asked.array[: one.stored]) for one in self.active)
-        source, shared = self._prefixes.longest(request.tokens, running)
         if not self.active and self._policy.max_batch > 1 and not self._claim(self._slots.idle_row, 1):
             return False  # places in a decoder that nobody takes write there, so it must not be what lacks memory later
+        running = ((one.row, one.asked.array[: one.stored]) for one in self.active)
+        source, shared = self._prefixes.longest(request.tokens, running)  # after the claim, which may take prefixes
         row = self._slots.acquire()
         if shared:
             try:
@@ -246,9 +246,14 @@ class Scheduler:
             return True
         for request, last in zip(rows, logits):
             if request.stored == request.known:
+                try:
+                    token = self._prompts.first(request, last)
+                except Exception as error:
+                    self.end(request, Finish.ERROR, error)
+                    continue
                 self._prefilling.remove(request)
                 request.state = State.DECODE
-                self.emit(request, self._prompts.first(request, last))
+                self.emit(request, token)
                 if request.finish is None:
                     self._lanes.join(request)
         return True
