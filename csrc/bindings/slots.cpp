@@ -42,6 +42,17 @@ py::tuple store_rows(const py::object& key_window, const py::object& value_windo
                           py::reinterpret_steal<py::object>(THPVariable_Wrap(all_values)));
 }
 
+// A thread that grows the slots holds their lock while it waits for memory, and may need the GIL to go on.
+struct DropWithoutGil {
+    void operator()(StagedSlots* staged) const {
+        {
+            const py::gil_scoped_release release;
+            staged->drop();
+        }
+        delete staged;
+    }
+};
+
 Bytes claimed_bytes(SlotTensor& slots) {
     const py::gil_scoped_release release;  // a thread that grows them holds their lock while it waits for memory
     return slots.block().claimed();
@@ -121,7 +132,8 @@ the device; no work may be enqueued on the rows until it returns. See Model.spil
 [row * pitch + token, head, dim]; returns views [row, token, head, dim] of all of these rows' tokens.
 
 The rows must have memory for them. Raises InvalidArgument for what does not fit.)");
-    py::class_<StagedSlots>(module, "StagedSlots", R"(The growth of some rows in two halves.
+    py::class_<StagedSlots, std::unique_ptr<StagedSlots, DropWithoutGil>>(module, "StagedSlots",
+                                                                          R"(The growth of some rows in two halves.
 
 From construction on the memory is there, exactly; commit() keeps it, drop(), or the end of the object, gives it back. All
 or nothing. Raises what SlotTensor.grow does.)")

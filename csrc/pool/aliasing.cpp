@@ -259,12 +259,15 @@ Bytes VirtualMemoryPool::try_make_writable(ByteRange pages, std::span<const Stre
             require_open();
             continue;
         }
+        Bytes left = 0;
+        for (const Bytes begin : shared) left += table_.find(begin)->used;
         for (const Bytes begin : shared) {
             const Bytes used = table_.find(begin)->used;
             Bytes freed = 0;
             const Status status = try_retile(begin, freed, /*on_host=*/false);
-            if (status.code == StatusCode::out_of_memory && status.call == DriverCall::create) return used;
+            if (status.code == StatusCode::out_of_memory && status.call == DriverCall::create) return left;
             if (!status.ok()) throw CudaError(status, "copying the shared extent at offset " + std::to_string(begin));
+            left -= used;
         }
         return 0;
     }

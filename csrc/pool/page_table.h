@@ -34,6 +34,7 @@ struct Extent {
     bool foreign = false;   // may hold another owner's bytes: to be zeroed before any of it is handed out
     bool exported = false;  // other processes may have it mapped, so it must stay
     bool spilled = false;   // in host memory: not charged, never parked, never shared
+    bool waking = false;    // content is being copied to pages that nobody has yet, so it must stay
     bool fixed = false;     // its size was its owner's choice, so it comes back from a pause as it was
     // Of extents whose physical memory is, was or is about to be mapped elsewhere in the pool, too.
     std::shared_ptr<Places> places;

@@ -100,8 +100,9 @@ Bytes VirtualMemoryPool::give_back_excess() {
 }
 
 // Returns the bytes freed: all of the extent, and 0 where its memory lives on at another place or was the host's;
-// nothing where the driver refused, and then it stays in the books.
+// nothing where the driver refused or something is being written to it, and then it stays in the books.
 std::optional<Bytes> VirtualMemoryPool::try_give_back(Extent& extent) noexcept {
+    if (extent.waking) return std::nullopt;
     if (extent.zeroing && !extent.zeroing->has_passed()) return std::nullopt;
     const Bytes size = extent.cost();
     const bool releases = !extent.shared();

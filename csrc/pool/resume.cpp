@@ -28,9 +28,12 @@ Bytes VirtualMemoryPool::resume(const std::vector<ByteRange>& parts, const WaitO
     Bytes lacking = try_with_room([&] { return try_resume(parts, nullptr, made); });
     while (lacking > 0) {
         if (wait == nullptr || !budget_) throw out_of_memory(lacking);
-        std::optional<Grant> grant = budget_->wait_for_room(lacking, *wait);
+        const Bytes wanted = lacking;
+        std::optional<Grant> grant = budget_->wait_for_room(wanted, *wait);
         if (!grant) throw out_of_memory(lacking);
         lacking = try_resume(parts, &*grant, made);
+        // Idle pages that were counted on have gone back meanwhile.
+        if (lacking > wanted) continue;
         // It is charged, so it is the device that lacks it.
         if (lacking > 0 && make_room(lacking, true) == 0) throw out_of_memory(lacking);
     }
@@ -100,7 +103,7 @@ Bytes VirtualMemoryPool::try_make(Waking& waking, Grant* grant) {
         for (const ByteRange& gap : gaps) missing += gap.size();
     }
     std::optional<Grant> charged;
-    if (budget_ && grant == nullptr) {
+    if (budget_ && grant == nullptr && missing > 0) {
         if (!budget_->try_charge(missing)) return missing;
         grant = &charged.emplace(*budget_, missing);
     }
@@ -150,6 +153,19 @@ void VirtualMemoryPool::map_shared(Waking& waking) {
 }
 
 Status VirtualMemoryPool::try_fill(std::unique_lock<std::mutex>& lock, Waking& waking) noexcept {
+    // Extents that neighbours kept: these may leave them while the lock is not held.
+    const auto hold = [&](bool held) {
+        for (const Waking::Item& item : waking.items) {
+            table_.for_each_extent(item.run.pages, [&](Extent& extent) { extent.waking = held; });
+        }
+    };
+    hold(true);
+    const Status status = try_copy_back(lock, waking);
+    hold(false);
+    return status;
+}
+
+Status VirtualMemoryPool::try_copy_back(std::unique_lock<std::mutex>& lock, Waking& waking) noexcept {
     bool copying = false;
     for (const Waking::Item& item : waking.items) {
         if (item.shares) continue;

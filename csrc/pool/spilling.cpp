@@ -50,7 +50,7 @@ Bytes VirtualMemoryPool::unspill(const std::vector<ByteRange>& parts) {
     return moved;
 }
 
-// Returns the bytes that were lacking for the next extent, 0 where all are back.
+// Returns the bytes that were lacking for all that is not back yet, 0 where nothing is left.
 Bytes VirtualMemoryPool::try_unspill(const std::vector<ByteRange>& parts, Bytes& moved) {
     std::unique_lock lock(mutex_);
     wait_until_still(lock);
@@ -64,15 +64,18 @@ Bytes VirtualMemoryPool::try_unspill(const std::vector<ByteRange>& parts, Bytes&
             if (extent.spilled && extent.used > 0 && extent.retiring == 0) spilled.push_back(extent.range.begin);
         });
     }
+    std::sort(spilled.begin(), spilled.end());
+    spilled.erase(std::unique(spilled.begin(), spilled.end()), spilled.end());  // some reach into two parts
+    Bytes left = 0;
+    for (const Bytes begin : spilled) left += table_.find(begin)->used;
     for (const Bytes begin : spilled) {
-        const Extent* const extent = table_.find(begin);
-        if (extent == nullptr || !extent->spilled) continue;  // it reaches into two parts
-        const Bytes used = extent->used;
+        const Bytes used = table_.find(begin)->used;
         Bytes freed = 0;
         const Status status = try_retile(begin, freed, /*on_host=*/false);
-        if (status.code == StatusCode::out_of_memory && status.call == DriverCall::create) return used;
+        if (status.code == StatusCode::out_of_memory && status.call == DriverCall::create) return left;
         if (!status.ok()) throw CudaError(status, "moving the extent at offset " + std::to_string(begin) + " back");
         moved += used;
+        left -= used;
     }
     return 0;
 }

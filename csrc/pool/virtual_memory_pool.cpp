@@ -9,6 +9,8 @@ namespace elastikv {
 namespace {
 
 constexpr Bytes default_cuda_park_limit = 256 * MiB;
+// So often room is made anew for the same request where others were faster to take it.
+constexpr int most_robbed = 16;
 
 std::shared_ptr<AddressRange> reserve(const MeteredDriverPtr& driver, Bytes capacity, Bytes page_size) {
     if (capacity == 0) throw InvalidSize("capacity must be at least 1 byte, not 0");
@@ -92,10 +94,14 @@ Address VirtualMemoryPool::allocate(Bytes offset, Bytes size, const AllocateOpti
 
 // Reclaiming takes other pools' locks and may wait for the device, so it happens between attempts, without our lock.
 Bytes VirtualMemoryPool::try_with_room(const std::function<Bytes()>& attempt) {
-    for (Bytes waited_for = 0;;) {
+    Bytes waited_for = 0;
+    Bytes last = 0;
+    for (int robbed = 0;;) {
         const Bytes lacking = attempt();
         if (lacking == 0) return 0;
-        if (make_room(lacking, false) > 0) continue;
+        robbed = lacking == last ? robbed + 1 : 0;
+        last = lacking;
+        if (robbed < most_robbed && make_room(lacking, false) > 0) continue;
         // What was idle here may have gone back to make room, and lacks too from then on.
         if (lacking <= waited_for) return lacking;
         // Tried again whatever that frees: the worker or another thread may give memory back meanwhile.
@@ -107,12 +113,15 @@ Bytes VirtualMemoryPool::try_with_room(const std::function<Bytes()>& attempt) {
 // All that is missing is asked for at once: what a first attempt had charged in part went back when it failed.
 Address VirtualMemoryPool::allocate_in_line(Bytes offset, Bytes size, AllocateOptions options, Bytes lacking) {
     for (;;) {
-        std::optional<Grant> grant = budget_->wait_for_room(std::max(lacking, missing(offset, size)), *options.wait);
+        const Bytes wanted = std::max(lacking, missing(offset, size));
+        std::optional<Grant> grant = budget_->wait_for_room(wanted, *options.wait);
         if (!grant) throw out_of_memory(lacking);
         options.grant = &*grant;
         lacking = try_claim(offset, size, options);
         if (lacking == 0) return base_address() + offset;
-        // It is charged, so it is the device that lacks it, or another thread has used up what was idle here.
+        // Idle pages that were counted on have gone back meanwhile.
+        if (lacking > wanted) continue;
+        // It is charged, so it is the device that lacks it.
         if (make_room(lacking, true) == 0) throw out_of_memory(lacking);
     }
 }

@@ -275,6 +275,7 @@ class VirtualMemoryPool {
     Bytes try_make(Waking& waking, Grant* grant);
     void map_shared(Waking& waking);
     Status try_fill(std::unique_lock<std::mutex>& lock, Waking& waking) noexcept;
+    Status try_copy_back(std::unique_lock<std::mutex>& lock, Waking& waking) noexcept;
     void undo(Waking& waking) noexcept;
     Status try_wait_for_copies(std::unique_lock<std::mutex>& lock, bool scrubbing) noexcept;
     // spilling.cpp

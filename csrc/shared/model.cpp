@@ -112,7 +112,9 @@ std::vector<ByteRange> ranges_of(const std::vector<PausePart>& parts) {
 
 Bytes Model::pause(Keep keep, const std::vector<std::string>& tags) {
     (void)parts_of(tags);  // a bad tag has no effect
-    for (const auto& holder : account_->idle_holders()) holder->release_idle(~Bytes{0});
+    for (const auto& holder : account_->idle_holders()) {
+        if (holder->idle_order() == 0) holder->release_idle(~Bytes{0});  // caches sleep and wake with the rest
+    }
     return pool_->pause(parts_of(tags), keep);
 }
 

@@ -49,9 +49,9 @@ class Model : public std::enable_shared_from_this<Model> {
     std::unique_ptr<Region> reserve(Bytes size, std::string tag = "");
 
     // The memory of regions with these tags sleeps, or, without tags, all of the model's: see VirtualMemoryPool::pause,
-    // resume, spill. Heaps give back first what they hold idle. pause() and resume() return the physical bytes given
-    // back and made, and do nothing for what sleeps, or is awake, already; spill() and unspill() those moved. Throws
-    // InvalidArgument for a tag that no region has.
+    // resume, spill. Heaps give back first what they hold idle; caches, held by holders of a higher order, sleep with
+    // the rest. pause() and resume() return the physical bytes given back and made, and do nothing for what sleeps, or
+    // is awake, already; spill() and unspill() those moved. Throws InvalidArgument for a tag that no region has.
     Bytes pause(Keep keep, const std::vector<std::string>& tags = {});
     Bytes resume(const std::vector<std::string>& tags = {}, const WaitOptions* wait = nullptr);
     Bytes spill(Bytes wanted, const std::vector<std::string>& tags = {});

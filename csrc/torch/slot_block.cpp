@@ -118,9 +118,8 @@ std::vector<SlotBlock::Taken> SlotBlock::claim_rows(std::span<const RowTokens> r
 void SlotBlock::give_back(std::span<const Taken> taken) {
     std::vector<ByteRange> parts;
     for (const auto& [row, bytes] : taken) {
-        const Bytes end = std::min(bytes.end, claimed_[row]);
-        if (end <= bytes.begin) continue;
-        parts.push_back({layout_.row_offset(row) + bytes.begin, layout_.row_offset(row) + end});
+        if (claimed_[row] <= bytes.begin) continue;
+        parts.push_back({layout_.row_offset(row) + bytes.begin, layout_.row_offset(row) + claimed_[row]});
         claimed_[row] = bytes.begin;
     }
     if (!parts.empty()) region_->release(std::move(parts), {});

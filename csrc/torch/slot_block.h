@@ -61,7 +61,8 @@ class SlotBlock {
         ByteRange bytes;  // offsets in the row
     };
     std::vector<Taken> stage(std::span<const RowTokens> rows);
-    // Nobody has used it. What was shrunk away meanwhile has gone already.
+    // Nobody has used it, or what rows grew to behind it, which goes too. What was shrunk away meanwhile has gone
+    // already.
     void drop_staged(std::span<const Taken> taken) noexcept;
     // Gives back the pages behind so many tokens, in all of the rows or in none. Throws CudaError.
     void shrink(std::span<const RowTokens> rows);

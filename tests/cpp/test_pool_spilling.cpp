@@ -1,4 +1,5 @@
 // Memory in use that moves to the host beneath its addresses, and back.
+#include "shared/shared_memory_pool.h"
 #include "support/each_failure.h"
 
 namespace elastikv::testing {
@@ -49,6 +50,25 @@ TEST_CASE("spilled memory is not charged, and read and written where it was", "[
         at.require_sound();
         at.finish();
     }
+}
+
+TEST_CASE("others are asked for all that is to come back, not for its first extent", "[pool][spill]") {
+    const auto host = std::make_shared<HostDriver>();
+    const Bytes page = host->capabilities().granularity;
+    SharedMemoryPool shared(2 * page, host);
+    const ModelPtr asker = shared.register_model("asker", MiB, std::nullopt, {.priority = 1});
+    const ModelPtr other = shared.register_model("other", MiB);
+    for (int i = 0; i < 2; ++i) asker->allocate(page);
+    CHECK(asker->spill(~Bytes{0}) == 2 * page);
+    other->allocate(2 * page);
+    Bytes left = 2 * page;
+    other->account()->add_pressure_callback([&](const PressureRequest& request) {
+        const Bytes given = std::min(request.wanted, left);
+        if (given > 0) other->deallocate(left -= given, given);
+    });
+    CHECK(asker->unspill() == 2 * page);
+    CHECK(asker->quota().charged == 2 * page);
+    CHECK(other->quota().charged == 0);
 }
 
 TEST_CASE("spilled memory that is freed goes back and is not handed out", "[pool][spill]") {

@@ -318,5 +318,29 @@ TEST_CASE("bytes never pass from one model to another, over many hand-overs", "[
     CHECK(models[0]->stats().physical_usage + models[1]->stats().physical_usage <= 4 * page);
 }
 
+TEST_CASE("a pause asks for what is of no use to anyone, and leaves caches to sleep with the rest", "[shared][pause]") {
+    struct Holder final : IdleHolder {
+        explicit Holder(int order) : order_(order) {}
+        Bytes release_idle(Bytes) override {
+            ++asked;
+            return 0;
+        }
+        int idle_order() const noexcept override { return order_; }
+        int asked = 0;
+        const int order_;
+    };
+    SharedMemoryPool shared(MiB, std::make_shared<HostDriver>());
+    const ModelPtr model = shared.register_model("chat", MiB);
+    const auto heap = std::make_shared<Holder>(0);
+    const auto cache = std::make_shared<Holder>(1);
+    model->account()->add_idle_holder(heap);
+    model->account()->add_idle_holder(cache);
+    model->allocate(1);
+    model->pause(Keep::on_host);
+    model->resume();
+    CHECK(heap->asked == 1);
+    CHECK(cache->asked == 0);
+}
+
 }  // namespace
 }  // namespace elastikv::testing

@@ -65,5 +65,58 @@ TEST_CASE("who frees while others wait stands in line like them", "[shared][wait
     CHECK(at.lagging->breach().empty());
 }
 
+TEST_CASE("idle pages that were counted on and go while one waits are waited for too", "[shared][wait]") {
+    const auto host = std::make_shared<HostDriver>();
+    const Bytes page = host->capabilities().granularity;
+    const auto budget = std::make_shared<PhysicalBudget>(6 * page);
+    const auto pool = pool_on(budget, "pool", MiB, host);
+    const auto other = pool_on(budget, "other", MiB, host);
+    pool->allocate(0, 4 * page);
+    pool->deallocate(2 * page, 2 * page);  // its neighbour keeps the extent
+    other->allocate(0, 2 * page);
+    const WaitOptions wait = waiting(std::chrono::minutes(5));
+    Address got = 0;
+    std::thread asking([&] {
+        try {
+            got = pool->allocate(2 * page, 4 * page, waiting_for(wait));
+        } catch (const VmmError& error) {
+            UNSCOPED_INFO(error.what());
+        }
+    });
+    while (budget->totals().waiters != 1) std::this_thread::yield();
+    pool->deallocate(0, 2 * page);  // all four pages go back, two of which lay where the waiter wants memory
+    asking.join();
+    CHECK(got == pool->base_address() + 2 * page);
+    CHECK(budget->charged() == 6 * page);
+}
+
+// Room is made again and again, and a rival is always faster.
+class RivalBudget final : public Budget {
+  public:
+    bool try_charge(Bytes) noexcept override { return false; }
+    void refund(Bytes) noexcept override {}
+    Bytes available() const noexcept override { return 0; }
+    bool in_demand() const noexcept override { return false; }
+    Bytes make_room(Bytes wanted, bool) override {
+        if (++asked > 10'000) throw InvalidArgument("asked for ever");
+        return wanted;
+    }
+    std::optional<Grant> wait_for_room(Bytes bytes, const WaitOptions&) override { return Grant(*this, bytes); }
+    void add_idle_holder(const std::weak_ptr<IdleHolder>&) override {}
+    std::string describe_holders() const override { return ""; }
+    void note_refusal() noexcept override {}
+
+    int asked = 0;
+};
+
+TEST_CASE("who is robbed of the room that was made stands in line in the end, or gives up", "[shared][wait]") {
+    const auto budget = std::make_shared<RivalBudget>();
+    VirtualMemoryPool pool(MiB, std::make_shared<HostDriver>(), {}, budget);
+    CHECK_THROWS_AS(pool.allocate(0, 1), OutOfPhysicalMemory);
+    budget->asked = 0;
+    const WaitOptions wait = waiting(std::chrono::minutes(5));
+    CHECK(pool.allocate(0, 1, waiting_for(wait)) == pool.base_address());
+}
+
 }  // namespace
 }  // namespace elastikv::testing

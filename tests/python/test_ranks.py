@@ -114,6 +114,13 @@ def test_rows_are_staged_and_kept_or_given_back(shared, model, page_size):
         _core.StagedSlots(slots, [0], [9])
     assert [slots.resident(row) for row in range(3)] == [4, 0, 3]
     shared.deallocate_for_model("model", hog - model.base_address, 55 * page_size)
+    # What a row grew to behind it goes too: a row has no holes.
+    staged = _core.StagedSlots(slots, [0], [6])
+    slots.grow([0], [8], exact=True)
+    del staged
+    assert slots.resident(0) == 4
+    slots.grow([0], [7], exact=True)
+    slots.shrink([0], [4])
     # What was shrunk meanwhile goes once.
     staged = _core.StagedSlots(slots, [0, 1], [8, 4])
     slots.shrink([0, 1], [6, 0])
