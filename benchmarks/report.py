@@ -41,6 +41,15 @@ REPORTS: dict[str, Any] = {
     "two-gpus": two_gpus_report,
     "vllm": vllm_report,
 }
+HEADLINES = {
+    "allocator": "Torch's allocations",
+    "decode": "Milliseconds a token, median,",
+    "pause": "A model that sleeps and wakes,",
+    "serving": "{one[requests]} requests of a trace to one model, {three[requests]} to three,",
+    "sharing": "Memory that model A leaves idle, asked for by B,",
+    "two-gpus": "A split Llama, and peers' memory,",
+    "vllm": "vLLM {vllm} with a Llama of a billion weights,",
+}
 NAMES = {
     "floor": "driver's floor: one handle",
     "plain_mmap": "plain anonymous mmap",
@@ -182,65 +191,21 @@ def growth_section(result: dict[str, Any]) -> str:
     return "\n\n".join(markdown(result, device) for device in devices(result))
 
 
-def allocator_section(result: dict[str, Any]) -> str:
-    where = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}"
-    head = f"Torch's allocations on {where} ({result['date']}, commit {result['commit']}):"
-    return f"{head}\n\n{allocator_report.markdown(result)}"
-
-
-def decode_section(result: dict[str, Any]) -> str:
-    where = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}"
-    head = f"Milliseconds a token, median, on {where} ({result['date']}, commit {result['commit']}):"
-    return f"{head}\n\n{decode_report.markdown(result)}"
-
-
-def two_gpus_section(result: dict[str, Any]) -> str:
-    where = f"two {result['gpu']} of one host, driver {result['driver']}, torch {result['torch']}"
-    head = f"A split Llama, and peers' memory, on {where} ({result['date']}, commit {result['commit']}):"
-    return f"{head}\n\n{two_gpus_report.markdown(result)}"
-
-
-def sharing_section(result: dict[str, Any]) -> str:
-    where = f"{result['gpu']}, driver {result['driver']}"
-    head = f"Memory that model A leaves idle, asked for by B, on {where} ({result['date']}, commit {result['commit']}):"
-    return f"{head}\n\n{sharing_report.markdown(result)}"
-
-
-def serving_section(result: dict[str, Any]) -> str:
-    where = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}"
-    counts = f"{result['one']['requests']} requests of a trace to one model, {result['three']['requests']} to three"
-    head = f"{counts}, on {where} ({result['date']}, commit {result['commit']}):"
-    return f"{head}\n\n{serving_report.markdown(result)}"
-
-
-def pause_section(result: dict[str, Any]) -> str:
-    where = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}"
-    return f"A model that sleeps and wakes, on {where} ({result['date']}, commit {result['commit']}):\n\n" + (
-        pause_report.markdown(result)
-    )
-
-
-def vllm_section(result: dict[str, Any]) -> str:
-    where = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}"
-    what = f"vLLM {result['vllm']} with a Llama of a billion weights"
-    head = f"{what}, on {where} ({result['date']}, commit {result['commit']}):"
-    return f"{head}\n\n{vllm_report.markdown(result)}"
+def section(result: dict[str, Any]) -> str:
+    if result["benchmark"] == "growth":
+        return growth_section(result)
+    gpu = f"two {result['gpu']} of one host" if result["benchmark"] == "two-gpus" else result["gpu"]
+    where = f"{gpu}, driver {result['driver']}, torch {result['torch']}"
+    what = HEADLINES[result["benchmark"]].format_map(result)
+    head = f"{what} on {where} ({result['date']}, commit {result['commit']}):"
+    return f"{head}\n\n{REPORTS[result['benchmark']].markdown(result)}"
 
 
 def readme() -> None:
     """Replaces the README's tables by those of the newest results."""
     path = ROOT / "README.md"
     text = path.read_text()
-    for benchmark, section in (
-        ("growth", growth_section),
-        ("allocator", allocator_section),
-        ("decode", decode_section),
-        ("sharing", sharing_section),
-        ("two-gpus", two_gpus_section),
-        ("serving", serving_section),
-        ("pause", pause_section),
-        ("vllm", vllm_section),
-    ):
+    for benchmark in ("growth", *REPORTS):
         begin, end = f"<!-- {benchmark}: made by benchmarks/report.py readme -->", f"<!-- {benchmark}: end -->"
         result = newest(benchmark)
         if result is None or begin not in text:

@@ -21,9 +21,7 @@ Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const Al
             undo(fresh);
             // What was charged in part has gone back, so room is needed for all that is missing.
             Bytes missing = 0;
-            for (const ByteRange& each : parts) {
-                for (const ByteRange& gap : table_.gaps(table_.pages_of(each))) missing += gap.size();
-            }
+            for (const ByteRange& each : parts) missing += table_.missing(table_.pages_of(each));
             return std::max(lacking, missing);
         }
         for (const Extent& extent : fresh) zeroed |= !extent.clean.empty() && !driver_->capabilities().fresh_is_zero;

@@ -49,6 +49,12 @@ std::vector<ByteRange> PageTable::gaps(ByteRange pages) const {
     return found;
 }
 
+Bytes PageTable::missing(ByteRange pages) const {
+    Bytes sum = 0;
+    for (const ByteRange& gap : gaps(pages)) sum += gap.size();
+    return sum;
+}
+
 Bytes PageTable::gap_end(Bytes offset, Bytes limit) const {
     const auto it = first_at(offset);
     return it == extents_.end() ? limit : std::min(limit, std::max(offset, it->first));

@@ -78,6 +78,8 @@ class PageTable {
     bool is_used(ByteRange bytes) const;
     // Parts of `pages` under which no extent lies, in order.
     std::vector<ByteRange> gaps(ByteRange pages) const;
+    // Bytes of the gaps.
+    Bytes missing(ByteRange pages) const;
     // How far a gap that starts at `offset` goes, at most to `limit`.
     Bytes gap_end(Bytes offset, Bytes limit) const;
 

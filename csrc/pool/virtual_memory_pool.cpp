@@ -129,9 +129,7 @@ Address VirtualMemoryPool::allocate_in_line(Bytes offset, Bytes size, AllocateOp
 Bytes VirtualMemoryPool::missing(Bytes offset, Bytes size) const {
     const ByteRange bytes = checked_range(offset, size);
     const std::lock_guard lock(mutex_);
-    Bytes sum = 0;
-    for (const ByteRange& gap : table_.gaps(table_.pages_of(bytes))) sum += gap.size();
-    return sum;
+    return table_.missing(table_.pages_of(bytes));
 }
 
 // Bytes of the range's pages that are missing, or lie on extents of which nothing is in use.
@@ -139,8 +137,7 @@ Bytes VirtualMemoryPool::not_held(Bytes offset, Bytes size) const {
     const ByteRange bytes = checked_range(offset, size);
     const std::lock_guard lock(mutex_);
     const ByteRange pages = table_.pages_of(bytes);
-    Bytes sum = 0;
-    for (const ByteRange& gap : table_.gaps(pages)) sum += gap.size();
+    Bytes sum = table_.missing(pages);
     table_.for_each_extent(pages, [&](const Extent& extent) {
         if (extent.used == 0) sum += extent.range.clipped_to(pages).size();
     });

@@ -100,18 +100,37 @@ def attention_by_hand(query, keys, values, window):
     return scores.masked_fill(~seen.to(query.device), -torch.inf).softmax(-1) @ values
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (4, 4, 64), (4, 1, 128), (4, 2, 256), (6, 2, 40)])
+def of_every_kind(test):
+    """Dtypes, windows and heads that a path of attention must serve."""
+    heads = [(8, 2, 64), (4, 4, 64), (4, 1, 128), (4, 2, 256), (6, 2, 40)]
+    for names, values in (
+        (("heads", "kv_heads", "dim"), heads),
+        ("window", [None, 5]),
+        ("dtype", [torch.float32, torch.float16, torch.bfloat16]),
+    ):
+        test = pytest.mark.parametrize(names, values)(test)
+    return test
+
+
+def tolerance_of(dtype: torch.dtype, device: str) -> float:
+    if device == "cpu" and dtype != torch.float32:
+        pytest.skip("the same on the CPU in any dtype")
+    return {torch.float32: 1e-4 if device == "cpu" else 2e-3, torch.float16: 0.02, torch.bfloat16: 0.05}[dtype]
+
+
+def geometry_of(kv_heads: int, dim: int, window: int | None, page_size: int) -> tuple[KVGeometry, int]:
+    """One layer, and tokens for some pages."""
+    shape = LayerShape(kv_heads, dim, kv_heads, dim)
+    return KVGeometry((window,), (shape,)), 8 * page_size // (shape.elements * 2)
+
+
+@of_every_kind
 def test_attention_beside_unmapped_pages(
     flash_everywhere, device, model, page_size, heads, kv_heads, dim, window, dtype
 ):
     """Ragged rows that end on a page's edge, with nothing mapped behind: right values, and no fault."""
-    if device == "cpu" and dtype != torch.float32:
-        pytest.skip("the same on the CPU in any dtype")
-    tolerance = {torch.float32: 1e-4 if device == "cpu" else 2e-3, torch.float16: 0.02, torch.bfloat16: 0.05}[dtype]
-    shape = LayerShape(kv_heads, dim, kv_heads, dim)
-    geometry, most = KVGeometry((window,), (shape,)), 8 * page_size // (shape.elements * 2)
+    tolerance = tolerance_of(dtype, device)
+    geometry, most = geometry_of(kv_heads, dim, window, page_size)
     slots = Slots(geometry, model=model, rows=5, max_tokens=most, dtype=dtype)
     per_page = page_size // slots.token_bytes
     rows, lengths = [3, 0, 4], [max(per_page, 1), 3, 2 * max(per_page, 1)]
@@ -178,18 +197,13 @@ def test_whole_models_through_the_op(flash_everywhere, device, model, config):
         assert (ours == theirs).float().mean() > 0.6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (4, 4, 64), (4, 1, 128), (4, 2, 256), (6, 2, 40)])
+@of_every_kind
 def test_even_rows_beside_unmapped_pages(
     flash_everywhere, device, model, page_size, heads, kv_heads, dim, window, dtype
 ):
     """Decoding until a page is full to its edge, with nothing mapped behind."""
-    if device == "cpu" and dtype != torch.float32:
-        pytest.skip("the same on the CPU in any dtype")
-    tolerance = {torch.float32: 1e-4 if device == "cpu" else 2e-3, torch.float16: 0.02, torch.bfloat16: 0.05}[dtype]
-    shape = LayerShape(kv_heads, dim, kv_heads, dim)
-    geometry, most = KVGeometry((window,), (shape,)), 8 * page_size // (shape.elements * 2)
+    tolerance = tolerance_of(dtype, device)
+    geometry, most = geometry_of(kv_heads, dim, window, page_size)
     slots = Slots(geometry, model=model, rows=3, max_tokens=most, dtype=dtype)
     edge = max(page_size // slots.token_bytes, 6)
     length = edge - 3

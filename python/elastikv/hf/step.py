@@ -90,6 +90,15 @@ class Step:
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             raise InvalidArgument("ElasticCache is written in place: run the model under torch.inference_mode()")
 
+    def _store(self, layer: int, places: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Tokens ``[token, head, dim]`` to these places of the layer's windows."""
+        self.slots.keys[layer].index_copy_(0, places, key)
+        self.slots.values[layer].index_copy_(0, places, value)
+
+    def _window(self, layer: int, window: int | None) -> int | None:
+        """What a token sees at most: some models leave it to their mask."""
+        return window or self.slots.geometry.windows[layer]
+
     def _attend_rows(
         self,
         layer: int,
@@ -180,20 +189,18 @@ class RaggedStep(Step):
         extras: Extras | None = None,
     ) -> torch.Tensor:
         self._check(layer, key, value)
-        window = window or self.slots.geometry.windows[layer]  # some models leave it to their mask
+        window = self._window(layer, window)
         if key.shape[0] != len(self.rows) or key.shape[2] != self.width:
             raise InvalidArgument(
                 f"the step is for {len(self.rows)} rows of {self.width} tokens, but layer {layer} brought "
                 f"{key.shape[0]} of {key.shape[2]}"
             )
-        keys, values = self.slots.keys[layer], self.slots.values[layer]
-        keys.index_copy_(0, self._index, self._tokens(key))
-        values.index_copy_(0, self._index, self._tokens(value))
+        self._store(layer, self._index, self._tokens(key), self._tokens(value))
         if not self._takes_flash(layer, extras):
             return self._over_views(layer, query, scaling, window, extras)
         query_starts, key_starts, ends = self._plan()
         output = flash.attend(
-            self._tokens(query), keys, values,
+            self._tokens(query), self.slots.keys[layer], self.slots.values[layer],
             query_starts=query_starts, key_starts=key_starts, lengths=ends,
             max_query=max(self.counts), max_key=max(self.after), scaling=scaling, window=window,
         )  # fmt: skip
@@ -264,7 +271,7 @@ class EvenStep(Step):
         keys, values = _core.store_rows(
             slots.keys[layer], slots.values[layer], key, value, self._pitch, self.before
         )  # checks what it stores
-        window = window or slots.geometry.windows[layer]  # some models leave it to their mask
+        window = self._window(layer, window)
         if window is not None and window <= self.before:
             keys, values = keys[:, -window:], values[:, -window:]
         if not self._takes_flash(layer, extras):
@@ -328,15 +335,13 @@ class DecodeStep(Step):
         extras: Extras | None = None,
     ) -> torch.Tensor:
         self._check(layer, key, value)
-        window = window or self.slots.geometry.windows[layer]  # some models leave it to their mask
+        window = self._window(layer, window)
         if key.shape[0] != len(self.rows) or key.shape[2] != 1:
             raise InvalidArgument(
                 f"the step is for one token in each of {len(self.rows)} rows, but layer {layer} brought "
                 f"{key.shape[2]} in {key.shape[0]}"
             )
-        keys, values = self.slots.keys[layer], self.slots.values[layer]
-        keys.index_copy_(0, self._index, key.squeeze(2))
-        values.index_copy_(0, self._index, value.squeeze(2))
+        self._store(layer, self._index, key.squeeze(2), value.squeeze(2))
         if not self._takes_flash(layer, extras):
             self.over_views = True
             if not self._ends:
@@ -344,7 +349,7 @@ class DecodeStep(Step):
             return self._attend_rows(layer, query, self._ends, scaling, window, extras)
         starts, lengths = self._visible(window)
         output = flash.attend(
-            query.squeeze(2), keys, values,
+            query.squeeze(2), self.slots.keys[layer], self.slots.values[layer],
             query_starts=self._query_starts, key_starts=starts, lengths=lengths,
             max_query=1, max_key=min(self.max_key, window or self.max_key), scaling=scaling,
         )  # fmt: skip
