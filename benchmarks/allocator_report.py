@@ -37,7 +37,7 @@ def size_table(result: dict[str, Any]) -> list[list[str]]:
 
 def trace_table(trace: dict[str, Any]) -> list[list[str]]:
     """The header, and a row an allocator."""
-    table = [["", "cold", "steady", "peak reserved", "fragmentation"]]
+    table = [["", "cold", "steady", "peak reserved", "fragmentation", "runs in"]]
     for allocator, title in TITLES.items():
         if allocator not in trace["cold"]:
             continue
@@ -47,8 +47,14 @@ def trace_table(trace: dict[str, Any]) -> list[list[str]]:
             for row in (cold, steady)
         ]
         reserved = f"{cold['peak_reserved'] / GIB:.2f} GiB"
-        table.append([title, *times, reserved, f"{fragmentation(trace, cold) * 100:.1f} %"])
+        table.append([title, *times, reserved, f"{fragmentation(trace, cold) * 100:.1f} %", least(trace, allocator)])
     return table
+
+
+def least(trace: dict[str, Any], allocator: str) -> str:
+    """The least memory that the trace ran in, as a share of what is allocated at its peak."""
+    found = trace.get("tight", {}).get(allocator)
+    return f"{found['share']:.2f} x, {found['milliseconds']:.0f} ms" if found else ""
 
 
 def trace_title(name: str, trace: dict[str, Any]) -> str:

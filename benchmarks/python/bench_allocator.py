@@ -14,6 +14,7 @@ time, as the machine's clocks drift; ratios are medians of the ratios within a r
 - a trace replayed in a process that has allocated nothing yet (cold, a fresh process each round), and again once the
   allocator has its memory (steady). Traces are the *.csv.gz of a folder (default: benchmarks/traces); where it has
   none, or with --record, they are recorded first, by record_traces.py
+- the same traces under a memory fraction, lowered until the allocator runs out of memory
 
 Peak reserved is what the allocator held of the device; for elastikv, what the pool held, parked memory included.
 """
@@ -37,6 +38,8 @@ TRACES = HERE.parent / "traces"
 ALLOCATORS = ("native", "expandable", "installed", "pluggable", "cut")
 SIZES = {"1 KiB": 1 << 10, "2 MiB": 2 << 20, "64 MiB": 64 << 20, "1 GiB": 1 << 30}
 CUT = 32 << 20
+TIGHT = ("native", "expandable", "installed")
+SHARES = (1.4, 1.3, 1.2, 1.15, 1.12, 1.1, 1.08, 1.06, 1.05, 1.04, 1.03, 1.02, 1.01)  # of what is allocated at the peak
 SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 
 
@@ -99,6 +102,18 @@ class Worker:
         self.torch.cuda.synchronize()
         self.torch.cuda.empty_cache()
         return result
+
+    def tight(self, trace: str, allowed: int) -> dict[str, float] | None:
+        """None if the allocator ran out of what it was allowed. All memory goes back afterwards."""
+        total = self.torch.cuda.get_device_properties(0).total_memory
+        self.torch.cuda.set_per_process_memory_fraction(allowed / total)
+        try:
+            return {"milliseconds": self.traces[trace].run_on_cuda(0) / 1e6}
+        except self.torch.OutOfMemoryError:
+            return None
+        finally:
+            self.torch.cuda.synchronize()
+            self.torch.cuda.empty_cache()
 
     def peaks(self) -> dict[str, int]:
         from elastikv import _core
@@ -241,6 +256,21 @@ def measure_cold(traces: dict[str, Path], rounds: int, rng: random.Random) -> tu
     return rows, about
 
 
+def measure_tight(traces: dict[str, Path], peaks: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Of each trace and allocator: the least share of the peak that it ran in, and the time that it took there."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in traces}
+    for allocator in TIGHT:
+        with Process(allocator) as process:
+            for name, path in traces.items():
+                process.call("load", trace=str(path))
+                for share in SHARES:
+                    ran = process.call("tight", trace=str(path), allowed=int(share * peaks[name]))
+                    if ran is None:
+                        break
+                    found[name][allocator] = {"share": share, **ran}
+    return found
+
+
 def record(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     recorders = []
@@ -272,10 +302,13 @@ def measure(traces: dict[str, Path], quick: bool) -> dict[str, Any]:
     finally:
         for worker in workers.values():
             worker.__exit__()
+    tight = measure_tight(traces, {name: about[name]["peak_allocated"] for name in traces})
+    say("traces, with little memory")
     rows = {}
     for name in traces:
         rows[name] = {
             **about[name],
+            "tight": tight[name],
             "cold": cold.summary(name, "milliseconds"),
             "steady": steady.summary(name, "milliseconds"),
         }

@@ -11,6 +11,10 @@ namespace {
 constexpr Bytes small_growth = 16;
 // Address space of a new range, as a share of the window.
 constexpr Bytes range_share = 64;
+// Where its size is not given, an extent is at most this share of the room that is left, as one that is idle in part
+// can't be given back; but so large that the driver's calls stay few.
+constexpr Bytes room_share = 100;
+constexpr Bytes smallest_cut = 8 * MiB;
 
 Bytes round_up(Bytes size, Bytes unit) {
     const auto rounded = align_up(size, unit);
@@ -40,15 +44,16 @@ Address Heap::allocate_slowly(Lock& lock, const HeapRequest& request) {
                                   ? try_grow(arena.bin(request.stream, request.size > small_request), request)
                                   : try_add_segment(lock, request);
         if (lacking == 0) continue;  // the segment was made without the lock, so another thread may have taken it
+        Bytes released = 0;
         switch (++effort) {
             case own_idle:
                 ++stats_.retries;
-                release_all_idle(lacking, returned, request.note);
+                released = release_all_idle(lacking, returned, request.note);
                 break;
             case idle_of_others: break;
             case other_streams:
                 wait_for_streams(lock);
-                release_all_idle(lacking, returned, request.note);
+                released = release_all_idle(lacking, returned, request.note);
                 break;
             case other_arenas:
                 if ((block = take_from_others(request)) != nullptr) return hand_out(block, request);
@@ -58,9 +63,11 @@ Address Heap::allocate_slowly(Lock& lock, const HeapRequest& request) {
                 lock.unlock();
                 throw pool_->out_of_memory(lacking);
         }
+        // Again while there is idle memory: what went may have lain beside the best hole, which then wants more.
+        if (released > 0) --effort;
         lock.unlock();
         give_back(returned);
-        pool_->make_room(lacking, /*wait=*/effort != own_idle);
+        pool_->make_room(lacking, /*wait=*/effort > own_idle);
         lock.lock();
     }
 }
@@ -105,7 +112,7 @@ Bytes Heap::try_grow(Bin& bin, const HeapRequest& request) {
     Block* block = hole.block;
     AllocateOptions options;
     options.stream = bin.stream;
-    options.largest_extent = round_up(options_.largest_extent, pool_->page_size());
+    options.largest_extent = largest_extent();
     for (;;) {
         const Bytes begin = offset_of(block->address) + (hole.at_back ? block->size - hole.pages : 0);
         const Bytes lacking = pool_->try_claim(begin, hole.pages, options);
@@ -123,6 +130,14 @@ Bytes Heap::try_grow(Bin& bin, const HeapRequest& request) {
     notify(HeapAction::segment_map, block->address, hole.pages, *block->segment, request.note);
     make_present(block);
     return 0;
+}
+
+Bytes Heap::largest_extent() const {
+    if (options_.largest_extent > 0) return round_up(options_.largest_extent, pool_->page_size());
+    const Bytes reserved = static_cast<Bytes>(stats_.reserved_bytes.of[0].current);
+    Bytes room = options_.limit - std::min(options_.limit, reserved);
+    if (pool_->budget()) room = std::min(room, pool_->budget()->available());
+    return align_up(std::max(room / room_share, smallest_cut), pool_->page_size()).value_or(0);
 }
 
 // Where the fewest pages are to be mapped, counting what lies free beside them; the lowest such place.

@@ -34,9 +34,9 @@ struct HeapOptions {
     // Growth keeps what the heap holds below the most that was ever in use at once and this share of it, by giving idle
     // extents back before it makes new ones. Large ranges grow ahead of need by this share of what the heap holds.
     double idle_share = 0.01;
-    // Growth is cut into extents of at most this size, rounded up to pages; 0: it is not cut. An extent goes
-    // back as a whole, so one block left in it holds all of it, while the driver's cost goes by the extent: small ones
-    // hold less idle memory and cost more time while the heap grows.
+    // Growth is cut into extents of at most this size, rounded up to pages; 0: of one percent of the room that is left,
+    // or 8 MiB. An extent goes back as a whole, so one block left in it holds all of it, while the driver's cost goes
+    // by the extent: small ones hold less idle memory and cost more time while the heap grows.
     Bytes largest_extent = 0;
     // Bytes that the heap may hold; beyond them it is out of memory.
     Bytes limit = ~Bytes{0};
@@ -170,6 +170,7 @@ class Heap final : public IdleHolder {
     Bytes try_grow(Bin& bin, const HeapRequest& request);
     Bytes try_add_segment(Lock& lock, const HeapRequest& request);
     Bytes over_limit(Bytes more) const;
+    Bytes largest_extent() const;
     Hole best_hole(const Bin& bin, Bytes size) const;
     Hole add_range(Bin& bin, Bytes size);
     OutOfVirtualMemory out_of_addresses(Bytes size);

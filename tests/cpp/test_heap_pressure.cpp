@@ -1,5 +1,6 @@
 // The heap and others on one budget: who gives way, and what is left when there is no more.
 #include "support/heap_fixture.h"
+#include "support/random.h"
 
 namespace elastikv::testing {
 namespace {
@@ -39,7 +40,8 @@ TEST_CASE("heap: growth gives idle extents back rather than pass its highest loa
 }
 
 TEST_CASE("heap: growth takes a little ahead of need, where nobody else wants it", "[heap][pressure]") {
-    HeapFixture at({.options = {.idle_share = 0.25}, .addresses = 16 * GiB, .limit = 128 * MiB});
+    HeapFixture at(
+        {.options = {.idle_share = 0.25, .largest_extent = 64 * MiB}, .addresses = 16 * GiB, .limit = 128 * MiB});
     at.get(32 * MiB);
     CHECK(at.budget->charged() == 40 * MiB);
     at.get(8 * MiB);
@@ -71,6 +73,55 @@ TEST_CASE("heap: extents are as large as the option allows", "[heap][pressure]")
     at.get(2 * MiB);
     CHECK(at.heap->release_idle(~Bytes{0}) == 12 * MiB);
     at.finish();
+}
+
+TEST_CASE("heap: where extents are as small as blocks, no idle memory keeps a request from being served",
+          "[heap][pressure]") {
+    constexpr Bytes limit = 256 * MiB;
+    const bool of_the_heap = GENERATE(false, true);
+    HeapOptions options{.idle_share = 0, .largest_extent = 2 * MiB};
+    if (of_the_heap) options.limit = limit;
+    HeapFixture at({.options = options, .limit = of_the_heap ? no_limit : limit});
+    Random random(11);
+    std::vector<std::pair<Address, Bytes>> live;
+    Bytes used = 0;
+    std::uint64_t refused = 0;
+    for (int step = 0; step < 4'000; ++step) {
+        CAPTURE(step);
+        if (!live.empty() && random.one_in(2)) {
+            std::swap(live[random.below(live.size())], live.back());
+            at.heap->free(live.back().first);
+            used -= live.back().second;
+            live.pop_back();
+            continue;
+        }
+        const Bytes size = random.between(1, 24) * 2 * MiB;
+        if (used + size > limit) {
+            REQUIRE_THROWS_AS(at.get(size), OutOfPhysicalMemory);
+            ++refused;
+            continue;
+        }
+        live.emplace_back(at.get(size), size);
+        used += size;
+        REQUIRE(at.budget->charged() <= limit);
+    }
+    CHECK(refused > 100);
+    for (const auto& block : live) at.heap->free(block.first);
+    at.finish();
+}
+
+TEST_CASE("heap: extents are small where little room is left, so that what is idle can be given back",
+          "[heap][pressure]") {
+    HeapFixture at({.addresses = 4 * GiB, .limit = 64 * MiB});
+    const Address first = at.get(48 * MiB);
+    at.heap->free(first);
+    at.get(2 * MiB);  // cut from what is idle: one extent is held by it
+    CHECK(at.get(56 * MiB, 1) != 0);
+    at.finish();
+    HeapFixture roomy({.addresses = 4 * GiB});
+    roomy.get(512 * MiB);
+    CHECK(roomy.calls(DriverCall::create) == 1);
+    roomy.finish();
 }
 
 TEST_CASE("heap: another client's need takes idle memory, never blocks in use", "[heap][pressure]") {

@@ -20,7 +20,7 @@ def install(pool: _core.SharedMemoryPool, name: str = "torch", largest_extent: i
 
     largest_extent: bytes, rounded up to pages. Memory goes back to the pool an extent at a time, once none of it is in
     use: with small extents less idle memory is held, and each costs driver calls while the memory grows. None, the
-    default, makes extents as large as what they were made for.
+    default, makes extents as large as what they were made for, up to one percent of the memory that is still free.
 
     Raises InvalidArgument for a pool on the CPU, or while another is installed for the device; ModelAlreadyExists where
     the pool has a client of that name.
