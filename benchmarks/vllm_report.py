@@ -83,6 +83,36 @@ def print_tables(result: dict[str, Any]) -> None:
             f"{killed['other_served']} of {killed['other_asked']}, {killed['other_peak'] / MIB:.0f} MiB at most"
         )
 
+    if result.get("steps"):
+        _print_steps(result["steps"])
+
+
+def _print_steps(steps: dict[str, Any]) -> None:
+    for name, found in steps.items():
+        p50, p90, p99 = found["step_ms"]
+        print(f"a decode step, {name}: p50 {p50:.3f} ms, p90 {p90:.3f}, p99 {p99:.3f}")
+        made = found["driver_calls"].items()
+        calls = ", ".join(f"{call} {each:.2f} ({us:.1f} us)" for call, (each, us) in made if each)
+        if calls:
+            print(f"  driver calls a step: {calls}")
+    methods = sorted({method for found in steps.values() for method in found["methods"]})
+    print(f"  {'calls and us a step':44}" + "".join(f"{name:>22}" for name in steps))
+    for method in methods:
+        cells = [found["methods"].get(method) for found in steps.values()]
+        text = "".join(f"{cell[0]:11.2f}{cell[1]:8.1f} us" if cell else f"{'':22}" for cell in cells)
+        print(f"  {method:44}{text}")
+    kernels = {name: found["kernels"] for name, found in steps.items()}
+    for name, why in kernels.items():
+        if isinstance(why, str):
+            print(f"  the GPU could not be profiled ({name}): {why}")
+            return
+    print(f"  {'kernels a step, in all':62}", end="")
+    print("".join(f"{sum(each[1] for each in found.values()):16.1f} us" for found in kernels.values()))
+    longest = list(next(iter(kernels.values())))[:12]
+    for kernel in longest:
+        cells = [found.get(kernel, [0.0, 0.0]) for found in kernels.values()]
+        print(f"    {kernel[:60]:60}" + "".join(f"{cell[0]:8.1f}{cell[1]:8.1f} us" for cell in cells))
+
 
 def markdown(result: dict[str, Any]) -> str:
     one = result["single"]

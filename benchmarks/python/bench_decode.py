@@ -1,203 +1,162 @@
 #!/usr/bin/env python3
-"""Decoding with ElasticCache against transformers' caches: milliseconds a token, in one run, as ratios.
+"""Decoding with ElasticCache against transformers' caches: milliseconds a token, in one run, as ratios. And forks.
 
-    benchmarks/python/bench_decode.py [--quick] [--json FILE]          # on a GPU
-    benchmarks/python/bench_decode.py --device cpu --tiny              # the same code with toy models, to see it run
+    benchmarks/python/bench_decode.py [--quick] [--budget SECONDS] [--json FILE]    # on a GPU
+    benchmarks/python/bench_decode.py --device cpu --tiny                           # the same code with toy models
 
 Models have random weights, and caches are filled with random keys and values: what a step costs does not depend on
-them. Each step is timed by itself, with the device waited for: p50 and p99 of them count. Ways:
+them. Each step is timed by itself, with the device waited for: p50 and p99 of them count. Ways that are held against
+each other closely take their steps by turns. Ways:
 
     graph            elastikv's decoder: one CUDA graph for every length, memory mapped as it grows
     graph, resident  the same over rows that are wholly mapped from the start
-    graph, compiled  the same with the rest of the model compiled (full run, one point)
+    graph, compiled  the same with the rest of the model compiled (one point)
     eager            the model with an ElasticCache and attention 'elastikv', as generate() calls it
     dynamic          DynamicCache, as it comes
     dynamic, flash   DynamicCache with SDPA's flash back end forced, its best
     static           StaticCache
-    static, compiled StaticCache with the forward compiled, as transformers compiles it (full run, two points)
+    static, compiled StaticCache with the forward compiled, as generate() compiles it (one point)
+
+What matters most runs first. --budget: once so many seconds have passed since the start, or a compilation would not fit
+into what is left of them, nothing more is begun; the result says what was not run. It is written as it comes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
 import gc
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+BEGAN = time.monotonic()
 
-import elastikv
-from elastikv.hf import Decoder, ElasticCache
-from elastikv.hf.forward import cache_argument
+import torch  # noqa: E402 (importing takes its part of the budget)
+from decode_fork import forks_of  # noqa: E402
+from decode_ways import Model, config_of  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import decode_report
+import decode_report  # noqa: E402
 
-LAYERS = 16
-QUICK = [("gqa", 1024, 1), ("gqa", 8192, 4), ("mha", 8192, 1)]
+#: Ways that run together, and how many steps of each are timed, in a full and in a quick run.
+RACES = {
+    "graphs": (("graph", "graph, resident"), 128, 64),
+    "eager": (("eager", "dynamic, flash"), 40, 30),
+    "dynamic": (("dynamic",), 10, 10),
+    "static": (("static",), 16, 16),
+    "rest": (("graph, compiled",), 64, 64),
+    "compiled": (("static, compiled",), 40, 40),
+}
+#: Seconds that a race takes at most: it is not begun with less of the budget left.
+TAKES = {"rest": 70.0, "compiled": 100.0}
+USUAL = 8.0
+UNCOMPILED = ("graphs", "eager", "dynamic", "static")
+Point = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    point: Point
+    race: str
+
+
+def jobs_of(*points: Point) -> list[Job]:
+    return [Job(point, race) for point in points for race in UNCOMPILED]
+
+
+QUICK = jobs_of(("gqa", 1024, 1), ("gqa", 8192, 4), ("mha", 8192, 1))
 FULL = [
-    *(("gqa", tokens, batch) for tokens, batch in ((1024, 1), (1024, 64), (8192, 1), (8192, 4), (8192, 16))),
-    *(("gqa", 32768, batch) for batch in (1, 4)),
-    *(("mha", tokens, batch) for tokens, batch in ((1024, 1), (8192, 4), (32768, 1))),
+    *jobs_of(("gqa", 8192, 4)),
+    Job(("gqa", 8192, 4), "rest"),
+    *jobs_of(("gqa", 1024, 1), ("gqa", 32768, 1), ("mha", 8192, 1)),
+    Job(("gqa", 8192, 4), "compiled"),
+    *jobs_of(
+        *(("gqa", 32768, 4), ("gqa", 8192, 16), ("gqa", 1024, 64), ("mha", 1024, 1), ("mha", 32768, 1)),
+        *(("mha", 8192, 4), ("gqa", 8192, 1), ("gqa", 1024, 16), ("mha", 1024, 64), ("gqa", 1024, 4)),
+        *(("mha", 8192, 16), ("mha", 32768, 4), ("gqa", 8192, 64), ("gqa", 32768, 16), ("mha", 1024, 16)),
+        *(("mha", 1024, 4),),
+    ),
 ]
-STATIC_COMPILED = {("gqa", 8192, 4)}
-REST_COMPILED = {("gqa", 8192, 4)}
+TINY = [*jobs_of(("gqa", 64, 2), ("mha", 48, 1)), Job(("gqa", 64, 2), "rest")]
 
 
-def config_of(kind: str, tiny: bool) -> LlamaConfig:
-    if tiny:
-        heads = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
-        return LlamaConfig(**heads, num_key_value_heads=2 if kind == "gqa" else 4, vocab_size=256,
-                           max_position_embeddings=65536)  # fmt: skip
-    sizes = {"num_hidden_layers": LAYERS, "vocab_size": 32000, "max_position_embeddings": 65536, "head_dim": 128}
-    if kind == "gqa":
-        return LlamaConfig(**sizes, hidden_size=4096, intermediate_size=8192, num_attention_heads=32,
-                           num_key_value_heads=8)  # fmt: skip
-    return LlamaConfig(**sizes, hidden_size=2048, intermediate_size=8192, num_attention_heads=16,
-                       num_key_value_heads=16)  # fmt: skip
+class Run:
+    """The jobs of one run, and what was found so far."""
 
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked = asked
+        self.gpu = asked.device != "cpu"
+        self._models: dict[str, Model] = {}
+        self.points: dict[Point, dict[str, Any]] = {}
+        self.result: dict[str, Any] = {
+            "benchmark": "decode", "device": asked.device, "torch": torch.__version__, "quick": asked.quick,
+            "bandwidth": copy_bandwidth(asked.device), "forks": [], "points": [], "seconds": 0.0,
+        }  # fmt: skip
 
-class Bench:
-    """One model on one device, and the ways to decode with it."""
+    def model(self, kind: str) -> Model:
+        if kind not in self._models:
+            self._models[kind] = Model(kind, self.asked.device, self.asked.tiny)
+        return self._models[kind]
 
-    def __init__(self, kind: str, device: str, tiny: bool, steps: int) -> None:
-        self.kind, self.device, self.steps = kind, device, steps
-        self.config = config_of(kind, tiny)
-        self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        with torch.device(device):
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
-        self.cache_name = cache_argument(type(self.model))
-        self.weight_bytes = sum(each.numel() * each.element_size() for each in self.model.parameters())
-        self.heads = self.config.num_key_value_heads
-        self.token_bytes = 2 * self.config.num_hidden_layers * self.heads * self.config.head_dim * self.dtype.itemsize
+    def point(self, point: Point) -> dict[str, Any]:
+        if point not in self.points:
+            kind, tokens, batch = point
+            model = self.model(kind)
+            kv_bytes = batch * tokens * model.token_bytes
+            limit = (model.weight_bytes + kv_bytes) / self.result["bandwidth"] * 1e3
+            found = {"model": kind, "context": tokens, "batch": batch, "ways": {}, "kv_bytes": kv_bytes, "limit": limit}
+            self.points[point] = found
+            self.result["points"].append(found)
+        return self.points[point]
 
-    def synchronize(self) -> None:
-        if self.device != "cpu":
-            torch.cuda.synchronize()
+    def left(self) -> float:
+        return float("inf") if self.asked.budget is None else self.asked.budget - (time.monotonic() - BEGAN)
 
-    def timed(self, step: Callable[[], Any], warm: int = 4) -> dict[str, float]:
-        """Milliseconds of single steps."""
-        times = []
-        for number in range(warm + self.steps):
-            self.synchronize()
-            begin = time.perf_counter()
-            step()
-            self.synchronize()
-            if number >= warm:
-                times.append((time.perf_counter() - begin) * 1e3)
-        times.sort()
-        return {"p50": statistics.median(times), "p99": times[min(len(times) - 1, int(len(times) * 0.99))]}
+    def fork(self, tokens: int) -> None:
+        for chunk in (tokens, 1024):
+            self.result["forks"].append(forks_of(config_of("gqa", self.asked.tiny), self.asked.device, tokens, chunk))
+        decode_report.print_forks(self.result)
 
-    def states(self, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (batch, self.heads, tokens, self.config.head_dim)
-        keys = torch.randn(shape, device=self.device, dtype=self.dtype)
-        return keys, keys.flip(1)
+    def run(self, job: Job) -> None:
+        names, full, quick = RACES[job.race]
+        found = self.point(job.point)
+        if self.left() < TAKES.get(job.race, USUAL):
+            found["ways"].update({name: {"not_run": "the budget was spent"} for name in names})
+            return
+        begin = time.monotonic()
+        steps = self.asked.steps or (quick if self.asked.quick else full)
+        # Two caches at once where they fit, else one after the other.
+        for group in [names] if self._fits(job, len(names)) else [(name,) for name in names]:
+            found["ways"].update(self._race(job, group, steps))
+        found["ways"][names[0]]["race_s"] = time.monotonic() - begin
+        decode_report.print_point(found, names)
 
-    def one_token(self, cache: Any, batch: int, forward: Any = None) -> Callable[[], None]:
-        """A greedy step of the model's own forward."""
-        token = torch.full((batch, 1), 7, device=self.device)
-        forward = forward or self.model
+    def _fits(self, job: Job, caches: int) -> bool:
+        if not self.gpu:
+            return True
+        weights = sum(model.weight_bytes for model in self._models.values())
+        total = torch.cuda.get_device_properties(self.asked.device).total_memory
+        # And a tenth of a cache for what DynamicCache copies and StaticCache's attention repeats.
+        return weights + (caches + 0.1) * self.point(job.point)["kv_bytes"] < 0.92 * total
 
-        def step() -> None:
-            logits = forward(input_ids=token, use_cache=True, **{self.cache_name: cache}).logits
-            token.copy_(logits[:, -1:].argmax(-1))
+    def _race(self, job: Job, names: tuple[str, ...], steps: int) -> dict[str, Any]:
+        kind, tokens, batch = job.point
+        try:
+            return self.model(kind).race(names, batch, tokens, steps)
+        except Exception as error:  # what one way can't do is a line of the result, and the others go on
+            return {name: {"error": (str(error).splitlines() or [type(error).__name__])[0]} for name in names}
+        finally:
+            gc.collect()
+            if self.gpu:
+                torch.cuda.empty_cache()
 
-        return step
-
-    def fill(self, cache: Any, batch: int, tokens: int) -> Any:
-        for layer in range(self.config.num_hidden_layers):
-            cache.update(*self.states(batch, tokens), layer)
-        return cache
-
-    # ---- the ways
-
-    @contextlib.contextmanager
-    def elastic(self, batch: int, tokens: int, room: int):
-        """An ElasticCache that holds so many tokens, on a pool of its own."""
-        needed = batch * (tokens + room) * self.token_bytes
-        with elastikv.SharedMemoryPool(2 * needed + (1 << 30), self.device) as pool:
-            handle = pool.register_model("bench", virtual_capacity=1 << 44)
-            config = copy.deepcopy(self.config)
-            cache = ElasticCache(config, model=handle, max_batch=batch, max_tokens=tokens + room)
-            self.fill(cache, batch, tokens)
-            self.model.set_attn_implementation("elastikv")
-            config._attn_implementation = "elastikv"
-            try:
-                yield cache, handle
-            finally:
-                self.model.set_attn_implementation("sdpa")
-                cache.close()
-
-    def graph(self, batch: int, tokens: int, *, resident: bool = False, compiled: bool = False) -> dict[str, float]:
-        room = self.steps + 64
-        with self.elastic(batch, tokens, room) as (cache, handle):
-            slots = cache.slots
-            if resident:
-                slots.tensor.grow(list(range(batch)), [slots.max_tokens + 1] * batch, exact=True)
-            model = torch.compile(self.model, fullgraph=True) if compiled else self.model
-            self.synchronize()
-            begin = time.perf_counter()
-            decoder = Decoder(model, slots, range(batch), capacity=room)
-            decoder.start(torch.randn(batch, self.config.vocab_size, device=self.device), limits=[room] * batch)
-            decoder.step()
-            self.synchronize()
-            first = time.perf_counter() - begin
-            row = self.timed(decoder.step)
-            decoder.finish()
-            held = sum(slots.lengths) * self.token_bytes
-            # Beside the tokens: a page's rest in each row, and what is claimed and mapped ahead in tokens.
-            slack = batch * (2 * handle.page_size + 96 * self.token_bytes)
-            peak = handle.stats().peak_physical
-            row.update(first_token_s=first, bytes=peak, needed=held, slack=slack, captures=decoder.captures)
-            return row
-
-    def eager(self, batch: int, tokens: int) -> dict[str, float]:
-        with self.elastic(batch, tokens, self.steps + 64) as (cache, _):
-            return self.timed(self.one_token(cache, batch))
-
-    def dynamic(self, batch: int, tokens: int, *, flash: bool = False) -> dict[str, float]:
-        cache = self.fill(DynamicCache(config=self.config), batch, tokens)
-        backend = SDPBackend.FLASH_ATTENTION
-        with sdpa_kernel(backend) if flash and self.device != "cpu" else contextlib.nullcontext():
-            return self.timed(self.one_token(cache, batch))
-
-    def static(self, batch: int, tokens: int, *, compiled: bool = False) -> dict[str, float]:
-        cache = self.fill(StaticCache(config=self.config, max_cache_len=tokens + self.steps + 64), batch, tokens)
-        if not compiled:
-            return self.timed(self.one_token(cache, batch))
-        torch._dynamo.reset()
-        forward = torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=True)
-        step = self.one_token(cache, batch, forward)
-        begin = time.perf_counter()
-        step()
-        self.synchronize()
-        first = time.perf_counter() - begin
-        return {**self.timed(step), "first_token_s": first}
-
-    def ways(self, point: tuple[str, int, int], quick: bool) -> dict[str, Callable[[], dict[str, float]]]:
-        _, tokens, batch = point
-        ways: dict[str, Callable[[], dict[str, float]]] = {
-            "graph": lambda: self.graph(batch, tokens),
-            "graph, resident": lambda: self.graph(batch, tokens, resident=True),
-            "eager": lambda: self.eager(batch, tokens),
-            "dynamic": lambda: self.dynamic(batch, tokens),
-            "dynamic, flash": lambda: self.dynamic(batch, tokens, flash=True),
-            "static": lambda: self.static(batch, tokens),
-        }
-        if not quick and point in REST_COMPILED:
-            ways["graph, compiled"] = lambda: self.graph(batch, tokens, compiled=True)
-        if not quick and point in STATIC_COMPILED:
-            ways["static, compiled"] = lambda: self.static(batch, tokens, compiled=True)
-        return ways
+    def write(self) -> None:
+        self.result["seconds"] = time.monotonic() - BEGAN
+        if self.asked.json:
+            Path(self.asked.json).write_text(json.dumps(self.result, indent=2) + "\n")
 
 
 def copy_bandwidth(device: str) -> float:
@@ -221,43 +180,19 @@ def main() -> int:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="three points and few steps")
     parser.add_argument("--tiny", action="store_true", help="toy models and short contexts")
-    parser.add_argument("--steps", type=int, help="timed steps a way (default 60, quick 30)")
+    parser.add_argument("--steps", type=int, help="timed steps a way, instead of as many as each deserves")
+    parser.add_argument("--budget", type=float, help="seconds after which nothing more is begun")
     parser.add_argument("--json", help="write the result here, too")
     asked = parser.parse_args()
-    points = QUICK if asked.quick else FULL
-    if asked.tiny:
-        points = [("gqa", 64, 2), ("mha", 48, 1)]
-    steps = asked.steps or (30 if asked.quick else 60)
-    result: dict[str, Any] = {
-        "benchmark": "decode", "device": asked.device, "torch": torch.__version__, "quick": asked.quick,
-        "bandwidth": copy_bandwidth(asked.device), "points": [],
-    }  # fmt: skip
-    bench: Bench | None = None
     with torch.inference_mode():
-        for point in points:
-            kind, tokens, batch = point
-            if bench is None or bench.kind != kind:
-                bench = None
-                gc.collect()
-                bench = Bench(kind, asked.device, asked.tiny, steps)
-            found: dict[str, Any] = {
-                "model": kind, "context": tokens, "batch": batch, "ways": {},
-                "limit": (bench.weight_bytes + batch * tokens * bench.token_bytes) / result["bandwidth"] * 1e3,
-            }  # fmt: skip
-            for name, run in bench.ways(point, asked.quick).items():
-                try:
-                    found["ways"][name] = run()
-                except torch.OutOfMemoryError as error:
-                    found["ways"][name] = {"error": str(error).splitlines()[0]}
-                gc.collect()
-                if asked.device != "cpu":
-                    torch.cuda.empty_cache()
-            result["points"].append(found)
-            decode_report.print_point(found)
-    if asked.json:
-        Path(asked.json).write_text(json.dumps(result, indent=2) + "\n")
+        run = Run(asked)
+        run.fork(2048 if asked.tiny else 32768)
+        for job in TINY if asked.tiny else QUICK if asked.quick else FULL:
+            run.run(job)
+            run.write()
+    print(f"{run.result['seconds']:.0f} s")
     fine = True
-    for what, value, bar, holds in decode_report.bars(result):
+    for what, value, bar, holds in decode_report.bars(run.result):
         print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.3g}")
         fine = fine and holds
     return 0 if fine or asked.device == "cpu" else 1

@@ -8,8 +8,11 @@ single  one engine, plain and then elastic: the tokens of 256 mixed requests, th
 pair    two engines with peaks that alternate: static halves of the KV memory, and one ledger over all of it; time to
         the first token over load
 kill    kill -9 of one of two engines under load: when its memory is the other's, and that the other goes on
+steps   where a decode step's time goes, plain and elastic: methods and driver calls on the CPU, kernels on the GPU; in
+        no table of results. bench_vllm_attention has attention alone, over other layouts
 
-Parts can be run apart, as `single-plain,single-elastic`, `pair-static,pair-elastic`, and join in the folder of --work.
+Parts can be run apart, as `single-plain,single-elastic`, `pair-static,pair-elastic`, `steps-plain,steps-elastic`, and
+join in the folder of --work.
 Needs vLLM; every engine is a process, and lives in it (VLLM_ENABLE_V1_MULTIPROCESSING=0).
 """
 
@@ -123,6 +126,11 @@ class Bench:
             self.finish("warm", one=self.start("warm", "one", [], False, options))
         self.finish(part, one=self.start(part, "one", tasks, elastic, options))
 
+    def steps(self, elastic: bool) -> None:
+        part = "steps-elastic" if elastic else "steps-plain"
+        tasks = [{"do": "steps", "requests": 128, "prompt": 512, "n": 256, "count": 100, "profile": 30}]
+        self.finish(part, one=self.start(part, "one", tasks, elastic, {"gpu_memory_utilization": 0.5}))
+
     def pair(self, elastic: bool) -> None:
         part = "pair-elastic" if elastic else "pair-static"
         share = PAIR_KV if elastic else PAIR_KV // 2
@@ -209,6 +217,8 @@ def collected(work: Path) -> dict[str, Any]:
         result["pair"] = vllm_report.pair(static, shared, list(LOADS), UNTIL, SLO)
     if killed := read("kill"):
         result["kill"] = killed
+    if steps := {name: part["one"]["steps"][0] for name in ("plain", "elastic") if (part := read(f"steps-{name}"))}:
+        result["steps"] = steps
     return result
 
 
@@ -223,6 +233,7 @@ def main() -> None:
         bench = Bench(asked.work or Path(temporary))
         parts = {
             "single-plain": lambda: bench.single(False), "single-elastic": lambda: bench.single(True),
+            "steps-plain": lambda: bench.steps(False), "steps-elastic": lambda: bench.steps(True),
             "pair-static": lambda: bench.pair(False), "pair-elastic": lambda: bench.pair(True), "kill": bench.kill,
         }  # fmt: skip
         for section in filter(None, asked.sections.split(",")):

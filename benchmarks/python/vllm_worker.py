@@ -1,6 +1,7 @@
 """One vLLM engine in a process of its own, as bench_vllm runs it: reads orders from a JSON file, writes what it saw.
 
-An order is a list of tasks: {"do": "outputs" | "steady" | "idle" | "trace", ...}; see the functions of these names.
+An order is a list of tasks: {"do": "outputs" | "steady" | "steps" | "idle" | "trace", ...}; see the functions of these
+names.
 """
 
 from __future__ import annotations
@@ -21,6 +22,42 @@ BLOCK = 16
 def percentile(values: list[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else float("nan")
+
+
+class Clock:
+    """Calls of methods and seconds in them, those that they call included."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+
+    def watch(self, owner: Any, *names: str) -> None:
+        """Counts these methods of an object from now on, but for those that it has not."""
+        for name in names:
+            method = getattr(owner, name, None)
+            if method is not None:
+                setattr(owner, name, self._counted(f"{type(owner).__name__}.{name}", method))
+
+    def _counted(self, name: str, method: Any) -> Any:
+        self.calls[name], self.seconds[name] = 0, 0.0
+
+        def counted(*args: Any, **options: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return method(*args, **options)
+            finally:
+                self.seconds[name] += time.perf_counter() - begin
+                self.calls[name] += 1
+
+        return counted
+
+    def reset(self) -> None:
+        for name in self.calls:
+            self.calls[name], self.seconds[name] = 0, 0.0
+
+    def table(self, steps: int) -> dict[str, list[float]]:
+        """Calls and microseconds a step, by method."""
+        return {name: [n / steps, self.seconds[name] * 1e6 / steps] for name, n in self.calls.items()}
 
 
 class Worker:
@@ -111,6 +148,65 @@ class Worker:
             gaps += [b - a for a, b in itertools.pairwise(steps)]
         return {"tokens_per_second": rates, "gap_p50_ms": percentile(gaps, 0.5) * 1e3,
                 "gap_p99_ms": percentile(gaps, 0.99) * 1e3}  # fmt: skip
+
+    def steps(self, requests: int, prompt: int, n: int, count: int, profile: int) -> dict[str, Any]:
+        """Where a decode step's time goes: `count` steps on the CPU by method, then `profile` of them on the GPU."""
+        core = self.engine.engine_core.engine_core
+        manager = core.scheduler.kv_cache_manager
+        pool, clock = manager.block_pool, Clock()
+        memory = getattr(pool, "memory", None)
+        clock.watch(core.scheduler, "schedule", "update_from_output")
+        clock.watch(core.model_executor, "execute_model", "sample_tokens")
+        clock.watch(manager, "allocate_slots")
+        clock.watch(pool, "get_new_blocks", "free_blocks", "touch", "get_num_free_blocks", "secure", "end_step")
+        if memory is not None:
+            clock.watch(memory, "try_allocate", "free", "available")
+        chance = random.Random(11)
+        for _ in range(requests):
+            self.add([chance.randrange(10, 30000) for _ in range(prompt)], n)
+        tokens: dict[str, list[int]] = {}
+        times: dict[str, list[float]] = {}
+        while len(tokens) < requests or min(len(each) for each in tokens.values()) < 8:
+            self.look(self.engine.step(), tokens, times)
+        calls = memory.model.stats().driver_calls if memory is not None else {}
+        clock.reset()
+        gaps = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            self.engine.step()
+            gaps.append(time.perf_counter() - begin)
+        after = memory.model.stats().driver_calls if memory is not None else {}
+        found = {
+            "methods": clock.table(count),
+            "driver_calls": {
+                name: [
+                    (after[name].count - each.count) / count,
+                    (after[name].nanoseconds - each.nanoseconds) / 1e3 / count,
+                ]
+                for name, each in calls.items()
+            },
+            "step_ms": [percentile(gaps, share) * 1e3 for share in (0.5, 0.9, 0.99)],
+            "kernels": self.kernels(profile),
+        }
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return found
+
+    def kernels(self, count: int) -> dict[str, list[float]] | str:
+        """Calls and microseconds a step of the GPU, by kernel, longest first; why not, where it can't be profiled."""
+        try:
+            with self.torch.profiler.profile(activities=[self.torch.profiler.ProfilerActivity.CUDA]) as profile:
+                for _ in range(count):
+                    self.engine.step()
+                self.torch.cuda.synchronize()
+            found = {
+                each.key: [each.count / count, each.self_device_time_total / count]
+                for each in profile.key_averages()
+                if each.self_device_time_total > 0
+            }
+        except Exception as error:  # of CUPTI, which not every machine lets in
+            return str(error)
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
     def idle(self) -> dict[str, Any]:
         """KV bytes after a burst, and how soon they are gone once its prefixes are."""
