@@ -188,6 +188,7 @@ class Heap final : public IdleHolder {
     Bytes release_segments(Arena& arena, Bytes wanted, std::vector<Returned>& returned, const Note& note);
     Bytes release_all_idle(Bytes wanted, std::vector<Returned>& returned, const Note& note);
     Bytes round_to_page(Bytes offset) const;
+    std::vector<Stream> with_other_streams(const std::vector<Stream>& owners) const;
     void give_to_pool(const std::vector<ByteRange>& parts, std::span<const Stream> streams);
     static void give_back(std::vector<Returned>& returned) noexcept;
 

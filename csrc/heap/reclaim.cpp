@@ -33,26 +33,46 @@ Bytes Heap::release_extents(Bytes wanted, const Block* spared, const Note& note)
                      [](const Block* a, const Block* b) { return a->size > b->size; });
 
     Bytes released = 0;
+    std::vector<std::pair<Block*, ByteRange>> chosen;
+    std::vector<ByteRange> extents;
+    std::vector<Stream> owners;
     for (Block* const block : candidates) {
         if (released >= wanted) break;
         const ByteRange pages = whole_pages(*block);
         if (pages.empty()) continue;
-        std::vector<ByteRange> extents = pool_->extents_within(pages.begin, pages.size());
-        std::reverse(extents.begin(), extents.end());
-        Bytes chosen = 0;
-        std::size_t count = 0;
-        while (count < extents.size() && released + chosen < wanted) chosen += extents[count++].size();
-        if (count == 0) continue;
-        extents.resize(count);
-        give_to_pool(extents, std::array{block->segment->bin->stream});
-        released += chosen;
-        for (const ByteRange& extent : extents) {
-            const Address address = pool_->base_address() + extent.begin;
-            notify(HeapAction::segment_unmap, address, extent.size(), *block->segment, note);
-            make_absent(block, {address, address + extent.size()});
+        const std::vector<ByteRange> within = pool_->extents_within(pages.begin, pages.size());
+        for (auto extent = within.rbegin(); extent != within.rend() && released < wanted; ++extent) {
+            chosen.emplace_back(block, *extent);
+            extents.push_back(*extent);
+            owners.push_back(block->segment->bin->stream);
+            released += extent->size();
         }
     }
+    if (released == 0) return 0;
+    give_to_pool(extents, with_other_streams(owners));
+    for (const auto& [block, extent] : chosen) {
+        const Address address = pool_->base_address() + extent.begin;
+        notify(HeapAction::segment_unmap, address, extent.size(), *block->segment, note);
+        make_absent(block, {address, address + extent.size()});
+    }
     return released;
+}
+
+// Programs free memory that other streams still use without a word (record_stream). Torch's own allocator lets that
+// pass, as it keeps the memory mapped; so it goes back only after the work of every stream that the heap serves.
+std::vector<Stream> Heap::with_other_streams(const std::vector<Stream>& owners) const {
+    std::vector<Stream> streams;
+    const auto add = [&](Stream stream) {
+        if (std::find(streams.begin(), streams.end(), stream) == streams.end()) streams.push_back(stream);
+    };
+    std::for_each(owners.begin(), owners.end(), add);
+    for (const auto& [id, arena] : arenas_) {
+        for (const auto& bin : arena->bins) {
+            // Not one that captures a graph, which would keep the memory until the capture ends, or is gone.
+            if (pool_->try_record_fence(bin->stream).ok()) add(bin->stream);
+        }
+    }
+    return streams;
 }
 
 // An extent that goes back while work on it is pending may be taken up again meanwhile: in parts, with a hole between
@@ -74,10 +94,9 @@ Bytes Heap::release_shared_extents(Bytes wanted, const Note& note) {
             const auto above = std::upper_bound(pages.begin(), pages.end(), piece.begin,
                                                 [](Bytes at, const ByteRange& each) { return at < each.begin; });
             holders.push_back(blocks[static_cast<std::size_t>(above - pages.begin()) - 1]);
-            const Stream stream = holders.back()->segment->bin->stream;
-            if (std::find(streams.begin(), streams.end(), stream) == streams.end()) streams.push_back(stream);
+            streams.push_back(holders.back()->segment->bin->stream);
         }
-        give_to_pool(*pieces, streams);
+        give_to_pool(*pieces, with_other_streams(streams));
         for (std::size_t i = pieces->size(); i-- > 0;) {
             const ByteRange piece = (*pieces)[i];
             const Address address = pool_->base_address() + piece.begin;

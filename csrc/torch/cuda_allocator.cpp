@@ -63,13 +63,13 @@ void CudaAllocator::copy_data(void* to, const void* from, std::size_t size) cons
 void* CudaAllocator::raw_alloc(std::size_t size) {
     const DeviceIndex index = current_device();
     DeviceHeap* const device = serving(index);
-    if (device == nullptr) return before_->raw_alloc(size);
+    if (device == nullptr || !isEnabled()) return before_->raw_alloc(size);
     return allocate_on(*device, size, c10::cuda::getCurrentCUDAStream(index).stream());
 }
 
 void* CudaAllocator::raw_alloc_with_stream(std::size_t size, cudaStream_t stream) {
     DeviceHeap* const device = serving(current_device());
-    if (device == nullptr) return before_->raw_alloc_with_stream(size, stream);
+    if (device == nullptr || !isEnabled()) return before_->raw_alloc_with_stream(size, stream);
     return allocate_on(*device, size, stream);
 }
 

@@ -83,5 +83,26 @@ TEST_CASE("heap: memory that goes back is not unmapped under its stream's work",
     at.finish();
 }
 
+TEST_CASE("heap: memory that goes back waits for every stream that the heap serves, also where nobody told of its use",
+          "[heap][streams]") {
+    HeapFixture at({.lags = true});
+    const Address others = at.get(4 * KiB, 2);
+    at.get(4 * KiB, 3);
+    const Address block = at.get(4 * MiB, 1);
+    at.lagging->enqueue({2}, block, 4 * MiB, [] {});  // and no record_stream
+    at.heap->free(block);
+    at.faults->set_capturing({3}, true);  // what it captures does not run now
+    CHECK(at.heap->release_idle(4 * MiB) == 4 * MiB);
+    at.pool->reclaim(~Bytes{0}, false);
+    CHECK(at.lagging->breach().empty());
+    CHECK(at.pool->stats().retiring == 4 * MiB);
+    at.lagging->advance({2}, 10);
+    at.pool->reclaim(~Bytes{0}, true);
+    CHECK(at.pool->stats().retiring == 0);
+    at.faults->set_capturing({3}, false);
+    at.heap->free(others);
+    at.finish();
+}
+
 }  // namespace
 }  // namespace elastikv::testing
