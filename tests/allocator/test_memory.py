@@ -143,3 +143,24 @@ def test_memory_fraction(way: str) -> None:
         del fits
     finally:
         torch.cuda.set_per_process_memory_fraction(before if way == "native" else 1.0)
+
+
+@pytest.mark.needs("statistics")
+def test_raw_memory_is_not_cached_while_caching_is_off() -> None:
+    stream = torch.cuda.current_stream().cuda_stream
+
+    def requested() -> int:
+        return int(torch.cuda.memory_stats()["requested_bytes.all.allocated"])
+
+    before = requested()
+    torch.cuda.caching_allocator_enable(False)
+    try:
+        pointer = torch._C._cuda_cudaCachingAllocator_raw_alloc(MIB, stream)
+        assert pointer != 0
+        assert requested() == before
+        torch._C._cuda_cudaCachingAllocator_raw_delete(pointer)
+    finally:
+        torch.cuda.caching_allocator_enable(True)
+    pointer = torch._C._cuda_cudaCachingAllocator_raw_alloc(MIB, stream)
+    assert requested() == before + MIB
+    torch._C._cuda_cudaCachingAllocator_raw_delete(pointer)

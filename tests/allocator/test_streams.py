@@ -110,3 +110,21 @@ def test_what_other_streams_hold_is_active_until_they_are_done() -> None:
     torch.empty(N, dtype=torch.uint8, device="cuda")  # a chance to notice
     after = torch.cuda.memory_stats()
     assert after["active_bytes.all.current"] < before["active_bytes.all.current"]
+
+
+def test_memory_that_another_stream_still_reads_is_not_unmapped_when_it_is_freed_untold() -> None:
+    """Without record_stream, as many programs do: torch's own keeps what is freed mapped."""
+    stream = torch.cuda.Stream()
+    total = torch.zeros((), device="cuda", dtype=torch.int64)
+    with torch.cuda.stream(stream):
+        torch.zeros(1, device="cuda")  # the stream is known
+    for _ in range(5):
+        read = torch.ones(64 << 20, dtype=torch.uint8, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(LONG)
+            total += read.sum()  # one after the other on the stream
+        del read
+        torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    assert int(total) > 0
