@@ -38,7 +38,7 @@ BlockTensors::BlockTensors(const ModelPtr& model, BlockShape shape)
       pool_(std::make_shared<BlockPool>(
           model,
           BlockLayout::fit(shape_.blocks, shape_.layers * layer_bytes_, model->pool().page_size(), shape_.extent),
-          shape_.tag)) {}
+          shape_.tag, shape_.ahead)) {}
 
 c10::Storage BlockTensors::make_storage() const {
     const BlockLayout& layout = pool_->layout();
