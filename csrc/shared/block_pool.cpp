@@ -50,7 +50,7 @@ BlockLayout BlockLayout::fit(std::uint64_t blocks, Bytes block, Bytes page, Byte
 
 BlockPool::BlockPool(const ModelPtr& model, const BlockLayout& layout, std::string tag, Bytes ahead)
     : layout_(layout),
-      region_(model->reserve(layout.blocks * layout.stride, std::move(tag))),
+      region_(model->reserve(*align_up(layout.blocks * layout.stride, layout.extent), std::move(tag))),
       asynchronous_(model->pool().device().asynchronous),
       ahead_(ahead == 0 ? 0 : std::max<std::uint64_t>(1, ahead / layout.extent)),
       map_(layout.blocks, layout.blocks_per_extent()),

@@ -76,8 +76,12 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         self._refused = self._short = False
         self._ask_again = 0.0
         self._counting_ids = False
-        for block in self.blocks:  # they are out of vLLM's queue
+        self._block_of = memory.arrangement.block_of
+        for number, block in enumerate(
+            self.blocks
+        ):  # they are out of vLLM's queue, and named as block tables have them
             block.prev_free_block = block.next_free_block = None
+            block.block_id = memory.arrangement.table_id(number)
         self.free_block_queue = CachedQueue([])
         self.memory = memory
         memory.on_idle(self.give_up)
@@ -199,7 +203,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             self.free_block_queue.append_n(cached)
             self._can_be_had = None
             if gone:
-                self.memory.free([block.block_id for block in gone])
+                self._give_back(gone)
             if self._keep is not None and cached:
                 over = self.free_block_queue.num_free_blocks * self.memory.blocks.block_stride - self._keep
                 if over > 0:
@@ -214,13 +218,15 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             self._can_be_had = None
 
     def evict_blocks(self, block_ids: set[int]) -> None:
-        super().evict_blocks(block_ids)
         if self.memory is None:
+            super().evict_blocks(block_ids)
             return
+        numbers = {self._block_of(each) for each in block_ids}
+        super().evict_blocks(numbers)
         with self.step_lock:
-            gone = [self.blocks[i] for i in block_ids if self._is_cached_free(self.blocks[i])]
+            gone = [self.blocks[i] for i in numbers if self._is_cached_free(self.blocks[i])]
             self.free_block_queue.remove_all(gone)
-            self.memory.free([block.block_id for block in gone])
+            self._give_back(gone)
             self._can_be_had = None
 
     def reset_prefix_cache(self) -> bool:
@@ -235,11 +241,15 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             if done:
                 gone = list(self.free_block_queue.in_order())
                 self.free_block_queue.remove_all(gone)
-                self.memory.free([block.block_id for block in gone])
+                self._give_back(gone)
                 self._can_be_had = None
             return done
 
     # --- what goes back ---
+
+    def _give_back(self, blocks: Sequence[KVCacheBlock]) -> None:
+        assert self.memory is not None
+        self.memory.free([self._block_of(block.block_id) for block in blocks])
 
     def end_step(self, *, idle: bool = False) -> bool:
         """What was secured and not used goes back, but for a few blocks while there is work.
@@ -277,7 +287,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         seen: set[int] = set()
         per_extent = memory.blocks_per_extent
         for block in list(self.free_block_queue.in_order()):
-            extent = block.block_id // per_extent
+            extent = self._block_of(block.block_id) // per_extent
             if before - memory.physical_bytes >= wanted:
                 break
             if extent in seen or block.ref_cnt > 0:
@@ -290,7 +300,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             for each in gone:
                 self._maybe_evict_cached_block(each)
             self.free_block_queue.remove_all(gone)
-            memory.free([each.block_id for each in gone])
+            self._give_back(gone)
         self._can_be_had = None
         return max(0, before - memory.physical_bytes)
 
