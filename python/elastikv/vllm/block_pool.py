@@ -77,9 +77,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         self._ask_again = 0.0
         self._counting_ids = False
         self._block_of = memory.arrangement.block_of
-        for number, block in enumerate(
-            self.blocks
-        ):  # they are out of vLLM's queue, and named as block tables have them
+        for number, block in enumerate(self.blocks):  # out of vLLM's queue, and named as block tables have them
             block.prev_free_block = block.next_free_block = None
             block.block_id = memory.arrangement.table_id(number)
         self.free_block_queue = CachedQueue([])

@@ -1,9 +1,9 @@
 """How vLLM's KV tensors lie in elastic blocks, all layers of a block on the same extent, so that one serves them.
 
 There are two ways. `SideBySide` has all layers of a block next to each other: extents can be as small as a page.
-`LayerByLayer` has the blocks of an extent in chunks, one a layer, so that a kernel sees in its layer what it would see in
-plain vLLM: blocks as far apart as they are long, and a chunk's worth of them on the same pages. Ids then count chunks of
-all layers, and most of them name nothing in a given layer; block tables hold 32 bits, so there are enough.
+`LayerByLayer` has the blocks of an extent in chunks, one a layer, so that a kernel sees in its layer what it would
+see in plain vLLM: blocks as far apart as they are long, and a chunk's worth of them on the same pages. Ids then count
+chunks of all layers, and most of them name nothing in a given layer; block tables hold 32 bits, so there are enough.
 
 vLLM makes its views for itself, over tensors without memory (device `meta`); each is then made again over the blocks,
 with the same shape and other strides. So whatever a backend wants of its tensors stays vLLM's affair.
