@@ -32,13 +32,15 @@ class Blocks {
 
 std::shared_ptr<Blocks> make_blocks(const ModelPtr& model, const py::object& num_blocks,
                                     const std::vector<std::int64_t>& block_shape, const py::object& layers,
-                                    const py::object& dtype, const py::object& extent_bytes, const std::string& tag) {
+                                    const py::object& dtype, const py::object& extent_bytes, const std::string& tag,
+                                    const py::object& ahead_bytes) {
     torch::BlockShape shape;
     shape.blocks = to_bytes(num_blocks, "num_blocks", "InvalidArgument");
     shape.layers = to_bytes(layers, "layers", "InvalidArgument");
     shape.shape = block_shape;
     shape.dtype = to_dtype(dtype);
     shape.tag = tag;
+    shape.ahead = to_bytes(ahead_bytes, "ahead_bytes");
     if (!extent_bytes.is_none()) shape.extent = to_bytes(extent_bytes, "extent_bytes");
     std::optional<torch::BlockTensors> made;
     {
@@ -167,12 +169,14 @@ extent_bytes: how much memory comes and goes at once, rounded to whole blocks an
 at most 16 MiB. Smaller extents follow the load more closely, larger ones take fewer driver calls.
 tag: names it, and others of its kind, to Model.pause and the like. While it is paused, allocate, free and touch raise
 ModelPaused.
+ahead_bytes: up to so many bytes that no block is on stay mapped, or are mapped in the background, while eight times as
+much is in use; then steady use makes no driver calls. Others get them when they ask.
 
 An extent is mapped when its first block is allocated, and given back when its last one is freed and the work enqueued
 before has finished. Memory is charged to the model. Thread-safe. A context manager: leaving it closes the pool.
 Raises InvalidArgument, InvalidSize, OutOfVirtualMemory, ModelNotFound.)")
         .def(py::init(&make_blocks), arg("model"), arg("num_blocks"), arg("block_shape"), arg("layers"), arg("dtype"),
-             py::kw_only(), arg("extent_bytes") = none, arg("tag") = "")
+             py::kw_only(), arg("extent_bytes") = none, arg("tag") = "", arg("ahead_bytes") = 0)
         .def("allocate", &allocate, arg("n"), py::kw_only(), arg("stream") = none,
              R"(The ids of n free blocks, as an int64 tensor on the CPU; each has one reference. All or none.
 
@@ -216,6 +220,7 @@ them, and so printing or copying the whole tensor, is a fault.)")
             "block_stride", [](const Blocks& blocks) { return blocks.pool().layout().stride; },
             "Bytes from block to block, at least block_bytes.")
         .def_property_readonly("extent_bytes", [](const Blocks& blocks) { return blocks.pool().layout().extent; })
+        .def_property_readonly("ahead_bytes", [](const Blocks& blocks) { return blocks.pool().ahead(); })
         .def_property_readonly("base_address", [](const Blocks& blocks) { return blocks.pool().base(); })
         .def_property_readonly("model", [](const Blocks& blocks) { return blocks.pool().model(); })
         .def_property_readonly("held", reading(&BlockStats::held), "Blocks with at least one reference.")

@@ -78,13 +78,21 @@ std::uint64_t BlockMap::worth_whole(std::uint64_t count) const {
     return std::min(count / blocks_per_extent_, whole);
 }
 
-std::vector<std::uint64_t> BlockMap::extents_for(std::uint64_t count) const {
+std::vector<std::uint64_t> BlockMap::extents_for(std::uint64_t count, std::span<const std::uint64_t> preferred) const {
     std::vector<std::uint64_t> found;
-    for (std::uint64_t extent = lowest_unmapped_; count > 0; ++extent) {
-        if (extents_[extent].mapped) continue;
+    const auto add = [&](std::uint64_t extent) {
         found.push_back(extent);
         count -= std::min<std::uint64_t>(count, size_of(extent));
+    };
+    for (const std::uint64_t extent : preferred) {
+        if (count > 0) add(extent);
     }
+    const std::size_t chosen = found.size();
+    for (std::uint64_t extent = lowest_unmapped_; count > 0; ++extent) {
+        const auto end = found.begin() + static_cast<std::ptrdiff_t>(chosen);
+        if (!extents_[extent].mapped && std::find(found.begin(), end, extent) == end) add(extent);
+    }
+    std::sort(found.begin(), found.end());
     return found;
 }
 

@@ -5,7 +5,7 @@
 // What is taken together is likely to be freed together: so as much of a request as fills whole extents has extents of
 // its own, as long as there are few holes elsewhere. Any other block goes to the fullest extent that has room, so that
 // the emptier ones run out of blocks and can be given back; of several to the one that changed last. Extents to be
-// mapped are those of the lowest addresses.
+// mapped are those of the lowest addresses, unless the caller prefers others.
 #pragma once
 
 #include <cstddef>
@@ -37,8 +37,9 @@ class BlockMap {
 
     // How many whole extents a request for `count` blocks should have for itself.
     std::uint64_t worth_whole(std::uint64_t count) const;
-    // The unmapped extents of the lowest addresses that give `count` blocks together; there must be as many.
-    std::vector<std::uint64_t> extents_for(std::uint64_t count) const;
+    // Unmapped extents that give `count` blocks together, of which there must be as many, in order: first of those in
+    // `preferred`, then those of the lowest addresses.
+    std::vector<std::uint64_t> extents_for(std::uint64_t count, std::span<const std::uint64_t> preferred = {}) const;
     void map(std::uint64_t extent);
     // No block of it may be held.
     void unmap(std::uint64_t extent);

@@ -138,6 +138,7 @@ void PageTable::edit(ByteRange bytes, Mutate mutate) {
         add_totals(extent);
         refresh_parking(extent);
     });
+    note_parked();
 }
 
 Extent& PageTable::insert(Extent extent) {
@@ -150,6 +151,7 @@ Extent& PageTable::insert(Extent extent) {
     if (kept.places && ++kept.places->count > 1) totals_.aliased += kept.range.size();
     add_totals(kept);
     refresh_parking(kept);
+    note_parked();
     return kept;
 }
 
@@ -158,6 +160,7 @@ Extent PageTable::take(Bytes begin) {
     Extent extent = std::move(it->second);
     extents_.erase(it);
     subtract_totals(extent);
+    note_parked();
     if (extent.idle_since != 0) parked_.erase(extent.idle_since);
     extent.idle_since = 0;
     if (extent.places && --extent.places->count > 0) totals_.aliased -= extent.range.size();

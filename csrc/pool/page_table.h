@@ -2,6 +2,7 @@
 // policy.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -114,6 +115,8 @@ class PageTable {
     // Idle extents, oldest first, by their begin.
     const std::map<IdleTime, Bytes>& parked() const { return parked_; }
     const PageTotals& totals() const { return totals_; }
+    // totals().parked for who has no lock: what it was a moment ago.
+    Bytes parked_hint() const noexcept { return parked_hint_.load(std::memory_order_relaxed); }
     std::size_t extent_count() const { return extents_.size(); }
     Bytes page_size() const { return page_size_; }
 
@@ -140,6 +143,7 @@ class PageTable {
     void add_totals(const Extent& extent);
     void subtract_totals(const Extent& extent);
     void refresh_parking(Extent& extent);
+    void note_parked() noexcept { parked_hint_.store(totals_.parked, std::memory_order_relaxed); }
     // The run that holds `offset`, or the first one behind it.
     RetiringRuns::iterator first_retiring(Bytes offset);
     RetiringRuns::const_iterator first_retiring(Bytes offset) const;
@@ -152,6 +156,7 @@ class PageTable {
     RetiringRuns retiring_;  // disjoint from live_ and from each other
     std::map<IdleTime, Bytes> parked_;
     PageTotals totals_;
+    std::atomic<Bytes> parked_hint_{0};
 };
 
 }  // namespace elastikv

@@ -6,6 +6,11 @@
 #include "pool/virtual_memory_pool.h"
 
 namespace elastikv {
+namespace {
+
+constexpr Bytes used_for_spare = 8;  // times as much must be in use
+
+}  // namespace
 
 void VirtualMemoryPool::retire(std::vector<ByteRange> parts, std::span<const Stream> streams,
                                std::shared_ptr<ReleaseGate> gate) {
@@ -47,8 +52,29 @@ void VirtualMemoryPool::settle_passed(bool on_worker) {
     }
 }
 
-// While someone waits for memory nothing is parked.
-Bytes VirtualMemoryPool::park_limit() const { return budget_ && budget_->in_demand() ? 0 : park_limit_; }
+// While someone waits for memory nothing is parked. What is spare goes with what is in use.
+Bytes VirtualMemoryPool::park_limit() const {
+    if (budget_ && budget_->in_demand()) return 0;
+    return std::max(park_limit_, std::min(spare_, table_.totals().used / used_for_spare));
+}
+
+void VirtualMemoryPool::add_spare(Bytes bytes) {
+    process_.require_same_process();
+    const std::lock_guard lock(mutex_);
+    require_open();
+    spare_ += bytes;
+}
+
+void VirtualMemoryPool::remove_spare(Bytes bytes) noexcept {
+    const std::lock_guard lock(mutex_);
+    spare_ -= std::min(spare_, bytes);
+    if (closed_ || !over_park_limit()) return;
+    if (driver_->capabilities().asynchronous) {
+        worker_.wake();
+    } else {
+        give_back_excess();
+    }
+}
 
 // An idle place of memory that is in use elsewhere can't be handed out again, and host memory is not to be: neither is
 // parked.
@@ -204,7 +230,7 @@ void VirtualMemoryPool::drain() {
 void VirtualMemoryPool::stop_parking() {
     process_.require_same_process();
     const std::lock_guard lock(mutex_);
-    park_limit_ = 0;
+    park_limit_ = spare_ = 0;
     settle_passed();
     if (!closed_) give_back_excess();
 }
@@ -224,9 +250,9 @@ void VirtualMemoryPool::synchronize() {
 bool VirtualMemoryPool::work_step() {
     std::unique_lock lock(mutex_);
     while (!prefetches_.empty() && !closed_) {
-        const ByteRange pages = prefetches_.front();
+        const Prefetch wanted = prefetches_.front();
         prefetches_.pop_front();
-        run_prefetch(pages);
+        run_prefetch(wanted);
         prefetched_.notify_all();
         lock.unlock();  // between extents, so that a caller who wants to grow waits for one driver call at most
         lock.lock();
@@ -245,19 +271,29 @@ bool VirtualMemoryPool::work_step() {
     return !retiring_.empty() || !scrubbing_.empty();
 }
 
-void VirtualMemoryPool::run_prefetch(ByteRange pages) {
-    if (dormant_.sleeps(pages)) {  // it was asked for before the pause
+bool VirtualMemoryPool::is_welcome(const Prefetch& wanted) const {
+    if (dormant_.sleeps(wanted.pages)) return false;  // it was asked for before the pause
+    if (!wanted.spare) return true;
+    const PageTotals& totals = table_.totals();
+    const Bytes missing = table_.missing(wanted.pages);
+    if (missing == 0) return true;  // it is there already
+    return missing == wanted.pages.size() && totals.parked - totals.ahead + missing <= park_limit();
+}
+
+void VirtualMemoryPool::run_prefetch(const Prefetch& wanted) {
+    if (!is_welcome(wanted)) {
         ++prefetches_dropped_;
         return;
     }
-    for (const ByteRange& gap : table_.gaps(pages)) {
+    for (const ByteRange& gap : table_.gaps(wanted.pages)) {
         std::vector<Extent> fresh;
         if ((budget_ && !budget_->try_charge(gap.size())) || !try_make_extent(gap, options_.scrub_fresh, fresh).ok()) {
             ++prefetches_dropped_;
             return;
         }
         Extent& extent = fresh.front();
-        extent.ahead = true;
+        extent.ahead = !wanted.spare;
+        extent.fixed = wanted.spare;
         const bool scrubs = options_.scrub_fresh && !driver_->capabilities().fresh_is_zero;
         if (scrubs && driver_->capabilities().asynchronous) {
             auto fence = RecordedFence::try_record(driver_, driver_->service_stream());

@@ -181,10 +181,8 @@ Bytes VirtualMemoryPool::room() const {
     process_.require_same_process();
     MemoryInfo device;
     if (!budget_) (void)driver_->memory_info(device);
-    const Bytes free = budget_ ? budget_->available() : device.free;
-    const std::lock_guard lock(mutex_);
     require_open();
-    return free + table_.totals().parked;
+    return (budget_ ? budget_->available() : device.free) + table_.parked_hint();
 }
 
 OutOfPhysicalMemory VirtualMemoryPool::out_of_memory(Bytes lacking) const {
@@ -276,11 +274,34 @@ void VirtualMemoryPool::prefetch(Bytes offset, Bytes size) {
     require_open();
     require_awake(bytes);
     if (table_.gaps(table_.pages_of(bytes)).empty()) return;
-    prefetches_.push_back(table_.pages_of(bytes));
+    prefetches_.push_back({table_.pages_of(bytes)});
     if (!worker_.wake()) {
         prefetches_.pop_back();
         ++prefetches_dropped_;
     }
+}
+
+void VirtualMemoryPool::map_spare(std::span<const ByteRange> parts) {
+    process_.require_same_process();
+    for (const ByteRange& part : parts) checked_range(part.begin, part.size());
+    const std::lock_guard lock(mutex_);
+    require_open();
+    for (const ByteRange& part : parts) require_awake(part);
+    if (parts.empty() || !worker_.wake()) return;
+    for (const ByteRange& part : parts) prefetches_.push_back({table_.pages_of(part), /*spare=*/true});
+}
+
+std::vector<Bytes> VirtualMemoryPool::parked_within(Bytes offset, Bytes size) const {
+    process_.require_same_process();
+    const ByteRange bytes = checked_range(offset, size);
+    std::vector<Bytes> found;
+    const std::lock_guard lock(mutex_);
+    require_open();
+    for (const auto& [since, begin] : table_.parked()) {
+        if (begin >= bytes.begin && begin < bytes.end) found.push_back(begin);
+    }
+    std::sort(found.begin(), found.end());
+    return found;
 }
 
 bool VirtualMemoryPool::is_mapped(Bytes offset, Bytes size) const {

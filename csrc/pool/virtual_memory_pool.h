@@ -74,7 +74,7 @@ class VirtualMemoryPool {
     // be had.
     Bytes try_with_room(const std::function<Bytes()>& attempt);
     // What could be mapped now without taking it from others: room in the budget, or on the device where there is none,
-    // and what is parked here. A hint, as others may be faster.
+    // and what is parked here. A hint, as others may be faster. Takes no lock of the pool.
     Bytes room() const;
     // The error for a caller of try_claim that gives up.
     OutOfPhysicalMemory out_of_memory(Bytes lacking) const;
@@ -105,6 +105,15 @@ class VirtualMemoryPool {
     // Maps the pages of the range on the worker's thread, so that a later allocate() needs no driver call. A hint: it
     // is dropped when memory is short. Throws InvalidSize, InvalidOffset.
     void prefetch(Bytes offset, Bytes size);
+    // From now on, while eight times as much is in use, up to `bytes` of idle memory stay parked even beyond the park
+    // limit: spare memory for an owner that grows and shrinks all the time. Callers add up; each removes what it added.
+    void add_spare(Bytes bytes);
+    void remove_spare(Bytes bytes) noexcept;
+    // Maps each of the parts, whole pages, as one extent on the worker's thread, as far as what may be parked allows;
+    // it is parked then as any other. A hint, as prefetch is. Throws InvalidSize, InvalidOffset, ModelPaused.
+    void map_spare(std::span<const ByteRange> parts);
+    // Where parked extents within the range begin, in order: memory that is taken up without a driver call.
+    std::vector<Bytes> parked_within(Bytes offset, Bytes size) const;
 
     // Whether every page of the range is allocated. False for ranges that are empty or outside.
     bool is_mapped(Bytes offset, Bytes size) const;
@@ -250,7 +259,12 @@ class VirtualMemoryPool {
     bool try_give_up(Extent extent) noexcept;
     void discard(Extent extent) noexcept;
     bool work_step();
-    void run_prefetch(ByteRange pages);
+    struct Prefetch {
+        ByteRange pages;
+        bool spare = false;  // one extent, parked as what is released is
+    };
+    void run_prefetch(const Prefetch& wanted);
+    bool is_welcome(const Prefetch& wanted) const;
     void release_everything() noexcept;
 
     // compaction.cpp
@@ -298,9 +312,10 @@ class VirtualMemoryPool {
     bool moving_ = false;                  // a pause or a resume copies, without the lock
     std::condition_variable moved_;
     std::vector<std::pair<Bytes, FencePtr>> scrubbing_;  // extents, by begin, that the service stream may still touch
-    std::deque<ByteRange> prefetches_;
-    bool closed_ = false;
+    std::deque<Prefetch> prefetches_;
+    std::atomic<bool> closed_{false};  // also read without the lock
     Bytes park_limit_;
+    Bytes spare_ = 0;
     Bytes peak_physical_ = 0;
     Bytes peak_used_ = 0;
     std::uint64_t prefetches_done_ = 0;

@@ -10,6 +10,7 @@ namespace {
 constexpr std::uint64_t most_blocks = (std::uint64_t{1} << 31) - 1;  // so that an id fits the 32 bits of block tables
 constexpr Bytes most_addresses = Bytes{1} << 63;
 constexpr Bytes default_extent = 16 * MiB;
+constexpr std::uint64_t used_for_ahead = 8;  // extents in use for each that is mapped ahead
 
 // The least that is whole blocks and whole pages; pages are a power of two.
 Bytes common_multiple(Bytes stride, Bytes page) {
@@ -47,12 +48,15 @@ BlockLayout BlockLayout::fit(std::uint64_t blocks, Bytes block, Bytes page, Byte
     return layout;
 }
 
-BlockPool::BlockPool(const ModelPtr& model, const BlockLayout& layout, std::string tag)
+BlockPool::BlockPool(const ModelPtr& model, const BlockLayout& layout, std::string tag, Bytes ahead)
     : layout_(layout),
-      region_(model->reserve(layout.blocks * layout.stride, std::move(tag))),
+      region_(model->reserve(*align_up(layout.blocks * layout.stride, layout.extent), std::move(tag))),
       asynchronous_(model->pool().device().asynchronous),
+      ahead_(ahead == 0 ? 0 : std::max<std::uint64_t>(1, ahead / layout.extent)),
       map_(layout.blocks, layout.blocks_per_extent()),
-      freed_on_(map_.extents()) {}
+      freed_on_(map_.extents()) {
+    if (ahead_ > 0) model->pool().add_spare(this->ahead());
+}
 
 BlockPool::~BlockPool() {
     if (process_.forked()) return;
@@ -60,6 +64,7 @@ BlockPool::~BlockPool() {
         close();
     } catch (const VmmError&) {
         // The region's end tries again.
+        if (ahead_ > 0) model()->pool().remove_spare(ahead());
     }
 }
 
@@ -103,12 +108,39 @@ Bytes BlockPool::try_take(std::span<BlockId> out, std::uint64_t whole_extents, S
     const std::uint64_t rest = out.size() - whole;
     const std::uint64_t missing = whole + (rest > map_.free_mapped() ? rest - map_.free_mapped() : 0);
     if (missing > 0) {
-        const std::vector<std::uint64_t> extents = map_.extents_for(missing);
+        const std::vector<std::uint64_t> extents = map_.extents_for(missing, parked_extents());
         if (const Bytes lacking = try_map(extents, stream); lacking > 0) return lacking;
         for (std::uint64_t i = 0; i < whole_extents; ++i) out = out.subspan(map_.take_from(extents[i], out));
     }
     map_.take(out);
+    if (missing > 0 && ahead_ > 0) map_ahead();
     return 0;
+}
+
+// Those that are mapped beneath, and need no driver call to be taken up.
+std::vector<std::uint64_t> BlockPool::parked_extents() const {
+    std::vector<std::uint64_t> found;
+    for (const Bytes begin : region_->parked()) {
+        const std::uint64_t extent = begin / layout_.extent;
+        if (begin % layout_.extent == 0 && !map_.is_mapped(extent)) found.push_back(extent);
+    }
+    return found;
+}
+
+// Once half of what should be there has been taken: the driver's calls hold up those who ask for more meanwhile.
+void BlockPool::map_ahead() {
+    const std::uint64_t wanted = std::min(ahead_, map_.mapped_extents() / used_for_ahead);
+    try {
+        const std::vector<std::uint64_t> parked = parked_extents();
+        if (2 * parked.size() >= wanted) return;
+        const std::uint64_t blocks = std::min(wanted * layout_.blocks_per_extent(), map_.free_unmapped());
+        std::vector<ByteRange> parts;
+        for (const std::uint64_t extent : map_.extents_for(blocks, parked)) {
+            if (!std::binary_search(parked.begin(), parked.end(), extent)) parts.push_back(bytes_of(extent));
+        }
+        region_->map_spare(std::move(parts));
+    } catch (const VmmError&) {  // NOLINT(bugprone-empty-catch): a hint, and the blocks that were asked for are there
+    }
 }
 
 Bytes BlockPool::try_map(const std::vector<std::uint64_t>& extents, Stream stream) {
@@ -273,6 +305,7 @@ void BlockPool::close() {
     }
     map_ = BlockMap(layout_.blocks, layout_.blocks_per_extent());
     closed_ = true;
+    if (ahead_ > 0) model()->pool().remove_spare(ahead());
 }
 
 std::string BlockPool::check() const {

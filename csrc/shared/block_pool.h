@@ -2,7 +2,9 @@
 //
 // A block is named by its id: it lies at base() + id * stride for as long as the pool lives, so a tensor of all blocks
 // can be made once. Blocks lie on extents of a fixed size: an extent is mapped when the first block on it is taken, and
-// given back when the last one is freed. Blocks are placed so that extents empty; see BlockMap.
+// given back when the last one is freed. Blocks are placed so that extents empty; see BlockMap. In steady use neither
+// needs the driver: extents that the model has parked are taken first, and with `ahead` some more are mapped in the
+// background before they are asked for.
 #pragma once
 
 #include <map>
@@ -53,8 +55,10 @@ struct BlockStats {
 // in the budget.
 class BlockPool {
   public:
-    // Reserves addresses; nothing is mapped. Throws as Model::reserve.
-    BlockPool(const ModelPtr& model, const BlockLayout& layout, std::string tag = "");
+    // Reserves addresses; nothing is mapped. `ahead`, rounded to extents, at least one if it is not 0: up to so many
+    // bytes that no block is on stay mapped, or are mapped in the background, while eight times as much is in use. They
+    // are parked memory of the model's, which others get when they ask. Throws as Model::reserve.
+    BlockPool(const ModelPtr& model, const BlockLayout& layout, std::string tag = "", Bytes ahead = 0);
     // As close(). Never throws: what can't be waited for keeps its addresses.
     ~BlockPool();
     BlockPool(const BlockPool&) = delete;
@@ -62,6 +66,7 @@ class BlockPool {
 
     Address base() const { return region_->base(); }
     const BlockLayout& layout() const { return layout_; }
+    Bytes ahead() const { return ahead_ * layout_.extent; }
     const ModelPtr& model() const { return region_->model(); }
 
     // Fills `out` with the ids of blocks that were free, each with one reference. `stream` is the first that uses them.
@@ -99,6 +104,8 @@ class BlockPool {
     // Return the bytes that room is needed for, 0 where they succeeded.
     Bytes try_allocate(std::span<BlockId> out, Stream stream);
     Bytes try_take(std::span<BlockId> out, std::uint64_t whole_extents, Stream stream);
+    std::vector<std::uint64_t> parked_extents() const;
+    void map_ahead();
     Bytes try_map(const std::vector<std::uint64_t>& extents, Stream stream);
     void order_after_others(Stream stream);
     void mark(Stream stream);
@@ -109,7 +116,8 @@ class BlockPool {
     const std::unique_ptr<Region> region_;
     const ProcessGuard process_;
     const bool asynchronous_;
-    mutable std::mutex mutex_;  // guards everything below
+    const std::uint64_t ahead_;  // extents
+    mutable std::mutex mutex_;   // guards everything below
     BlockMap map_;
     std::vector<std::vector<Stream>> freed_on_;  // by extent: since it was mapped
     std::vector<Mark> marks_;

@@ -273,6 +273,18 @@ Bytes Region::unspill(std::vector<ByteRange> parts) {
     return model_->pool().unspill(parts);
 }
 
+void Region::map_spare(std::vector<ByteRange> parts) {
+    model_->require_registered();
+    for (ByteRange& part : parts) part = within(part.begin, part.size());
+    model_->pool().map_spare(parts);
+}
+
+std::vector<Bytes> Region::parked() const {
+    std::vector<Bytes> found = model_->pool().parked_within(range_.begin, range_.size());
+    for (Bytes& begin : found) begin -= range_.begin;
+    return found;
+}
+
 void Region::prefetch(Bytes offset, Bytes size) {
     model_->require_registered();
     model_->pool().prefetch(within(offset, size).begin, size);

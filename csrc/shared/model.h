@@ -108,6 +108,9 @@ class Region {
     // All parts or none.
     void release(std::vector<ByteRange> parts, std::span<const Stream> streams);
     void prefetch(Bytes offset, Bytes size);
+    // See VirtualMemoryPool::map_spare and parked_within.
+    void map_spare(std::vector<ByteRange> parts);
+    std::vector<Bytes> parked() const;
     // [to, to + size) becomes resident with the content of the same many bytes of `source` from `from` on; extents
     // within the first `shared` of them are shared. `source` is a region of the same model, or InvalidArgument. See
     // VirtualMemoryPool::alias and make_writable.

@@ -38,7 +38,7 @@ BlockTensors::BlockTensors(const ModelPtr& model, BlockShape shape)
       pool_(std::make_shared<BlockPool>(
           model,
           BlockLayout::fit(shape_.blocks, shape_.layers * layer_bytes_, model->pool().page_size(), shape_.extent),
-          shape_.tag)) {}
+          shape_.tag, shape_.ahead)) {}
 
 c10::Storage BlockTensors::make_storage() const {
     const BlockLayout& layout = pool_->layout();
@@ -46,7 +46,8 @@ c10::Storage BlockTensors::make_storage() const {
     auto owner = std::make_unique<std::shared_ptr<BlockPool>>(pool_);
     const c10::Device device = torch_device(pool_->model()->pool().device());
     c10::DataPtr data(base, owner.release(), &release_pool, device);
-    return storage_of(std::move(data), layout.blocks * layout.stride);
+    const Bytes extents = (layout.blocks + layout.blocks_per_extent() - 1) / layout.blocks_per_extent();
+    return storage_of(std::move(data), extents * layout.extent);
 }
 
 at::Tensor BlockTensors::layer(c10::Storage storage, std::int64_t index) const {

@@ -20,6 +20,7 @@ struct BlockShape {
     at::ScalarType dtype = at::ScalarType::Undefined;
     Bytes extent = 0;   // what is wanted; 0: see BlockLayout::fit
     std::string tag{};  // see Model::reserve
+    Bytes ahead = 0;    // see BlockPool
 };
 
 // A block holds all layers' parts, one behind the other, so that one extent serves all layers of its tokens. The tensor

@@ -28,6 +28,9 @@ TEST_CASE("block map: new extents are those of the lowest addresses", "[blocks]"
     CHECK(map.extents_for(2) == std::vector<std::uint64_t>{2});
     map.unmap(0);
     CHECK(map.extents_for(5) == std::vector<std::uint64_t>{0, 2});
+    CHECK(map.extents_for(1, std::vector<std::uint64_t>{2}) == std::vector<std::uint64_t>{2});
+    CHECK(map.extents_for(3, std::vector<std::uint64_t>{2}) == std::vector<std::uint64_t>{0, 2});
+    CHECK(map.extents_for(1, std::vector<std::uint64_t>{0, 2}) == std::vector<std::uint64_t>{0});
     CHECK(map.check().empty());
 }
 

@@ -257,10 +257,15 @@ TEST_CASE("invariant 2: blocks, with every driver call failed in turn", "[blocks
 // Sequences arrive, grow block by block, share their prompt at times, and end at lengths of their own.
 TEST_CASE("blocks: at random, the blocks of sequences are theirs, and memory follows them", "[blocks][random]") {
     const std::uint64_t seed = test_seed(20250102);
-    for (const bool lags : {false, true}) {
-        CAPTURE(seed, lags);
+    for (const auto& [lags, ahead_pages] : {std::pair(false, Bytes{0}), {false, 8}, {true, 0}, {true, 8}}) {
+        CAPTURE(seed, lags, ahead_pages);
         Random random(seed);
-        BlockFixture at({.blocks = 1024, .extent_pages = 2, .limit_pages = 150, .lags = lags, .park_pages = 4});
+        BlockFixture at({.blocks = 1024,
+                         .extent_pages = 2,
+                         .limit_pages = 150,
+                         .lags = lags,
+                         .park_pages = 4,
+                         .ahead_pages = ahead_pages});
         struct Sequence {
             Ids ids;
             std::uint8_t value;

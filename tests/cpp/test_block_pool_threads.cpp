@@ -9,7 +9,7 @@ namespace elastikv::testing {
 namespace {
 
 TEST_CASE("blocks: threads never hold the same block, and lose none", "[blocks][threads]") {
-    BlockFixture at({.blocks = 256, .limit_pages = 40});
+    BlockFixture at({.blocks = 256, .limit_pages = 40, .ahead_pages = 3});
     const Bytes page = at.page;
     std::vector<std::atomic<int>> holders(256);
     std::atomic<int> collisions{0};

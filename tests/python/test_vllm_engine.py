@@ -96,6 +96,10 @@ def test_settings():
         ({"ELASTIKV_VLLM_LIMIT": "much"}, {}, "'limit' for vLLM can't be 'much'"),
         ({}, {"elastikv": {"pool": ""}}, "'pool'"),
         ({}, {"elastikv": {"priority": "high"}}, "'priority'"),
+        ({}, {"elastikv": {"reserve": -1}}, "'reserve' for vLLM can't be -1: it must be at least 0"),
+        ({"ELASTIKV_VLLM_PARK": "-1"}, {}, "'park' for vLLM can't be '-1'"),
+        ({}, {"elastikv": {"extent": True}}, "'extent' for vLLM can't be True"),
+        ({"ELASTIKV_VLLM_LAYOUT": "rows"}, {}, "'layout' for vLLM can't be 'rows': it must be one of blocks, layers"),
         ({}, {"elastikv": 3}, "must be a mapping"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -125,7 +129,7 @@ def test_what_is_refused():
 def test_blocks_that_warm_up_names_have_memory_meanwhile():
     """vLLM's warm-up takes blocks 1, 2, 3, ... before there is a scheduler."""
     config = cache_config(100)
-    engine = Engine(Settings(pool="test-warm", limit=1 << 20, park=0, extent=4096), "chat")
+    engine = Engine(Settings(pool="test-warm", limit=1 << 20, park=0, extent=4096, ahead=0), "chat")
     engine.device_bytes = 1 << 20
     planned = SimpleNamespace(
         scheduled_new_reqs=[SimpleNamespace(block_ids=([1, 2], [3, 4])), SimpleNamespace(block_ids=([5],))],

@@ -10,7 +10,7 @@ import torch
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from elastikv.vllm.engine import Engine
-from elastikv.vllm.layout import MARK, LayoutNotPossible, Part, parts_of, place, stand_ins
+from elastikv.vllm.layout import MARK, BlockParts, LayerByLayer, LayoutNotPossible, Part, parts_of, place, stand_ins
 from elastikv.vllm.settings import Settings
 from elastikv.vllm.versions import version_of
 from vllm_engine import (
@@ -53,12 +53,21 @@ def backend(kv_first: bool = False, heads_first: bool = False) -> type:
     return Backend
 
 
-@pytest.fixture
+@pytest.fixture(params=["blocks", "layers"])
 def engine(request):
-    made = Engine(Settings(pool="test-layout", limit=1 << 26, extent=4096, park=0), "chat")
+    made = Engine(Settings(pool="test-layout", limit=1 << 26, extent=4096, park=0, layout=request.param), "chat")
     made.device_bytes = 1 << 26
     yield made
     made.close()
+
+
+def tables_of(memory, ids):
+    """What block tables hold for the elastic pool's blocks."""
+    return [memory.arrangement.table_id(block) for block in ids]
+
+
+def without(shape, dim):
+    return [size for at, size in enumerate(shape) if at != dim]
 
 
 def views_by_runner_2(engine, config, backend, kernel_block):
@@ -108,25 +117,35 @@ def test_views_are_vllms_over_our_blocks(engine, make_views, kv_first, heads_fir
     assert views.keys() == plain.keys()
     ids = memory.try_allocate(10)
     memory.raw[ids] = 0
+    tables = tables_of(memory, ids)
     for layer, view in views.items():
-        assert view.shape == plain[layer].shape and view.dtype == torch.bfloat16
+        assert without(view.shape, block_dim) == without(plain[layer].shape, block_dim)
+        assert view.shape[block_dim] > max(tables) * cut and view.dtype == torch.bfloat16
         assert view.untyped_storage().data_ptr() == memory.blocks.base_address
     layers = [f"0.{i}" for i in range(LAYERS)]
     for number, layer in enumerate(layers):
-        for block in ids:
+        for block in tables:
             for part in range(cut):
                 views[layer].select(block_dim, block * cut + part).fill_(1000 * number + 10 * block + part)
     for number, layer in enumerate(layers):  # nobody wrote over another
-        for block in ids:
+        for block in tables:
             for part in range(cut):
                 one = views[layer].select(block_dim, block * cut + part)
                 assert one.shape == (2, kernel_block, HEADS, HEAD)
                 assert one.eq(torch.tensor(1000 * number + 10 * block + part, dtype=torch.bfloat16)).all()
-    spread = memory.raw[ids].view(len(ids), -1, 2).any(dim=-1).sum(dim=1)  # all bytes of a block are its layers'
-    assert (spread >= LAYERS * LAYER_BYTES // 2 - cut * LAYER_BYTES // 2).all()
+    if engine.settings.layout == "blocks":
+        spread = memory.raw[ids].view(len(ids), -1, 2).any(dim=-1).sum(dim=1)  # all bytes of a block are its layers'
+        assert (spread >= LAYERS * LAYER_BYTES // 2 - cut * LAYER_BYTES // 2).all()
+    else:
+        assert all(views[layer].stride(block_dim) == LAYER_BYTES // 2 // cut for layer in layers)
     if len(windows) > 1:
         assert views["0.0"].data_ptr() == views["1.0"].data_ptr()
-    assert memory.raw[0].eq(0).all()
+    memory.zero(tables[:5])
+    for layer in layers:
+        for block in [0, *tables[:5]]:
+            assert views[layer].select(block_dim, block * cut).eq(0).all()
+        for number, block in enumerate(tables):
+            assert views[layer].select(block_dim, block * cut + cut - 1).any() or number < 5 or layer == "0.0"
 
 
 def test_states_of_recurrent_layers(engine):
@@ -137,10 +156,8 @@ def test_states_of_recurrent_layers(engine):
     config.kv_cache_groups[0].kv_cache_spec = spec
     with engine.starting(), engine.allocating():
         views = views_by_runner_2(engine, config, backend(), BLOCK)
-    ids = engine.memory.try_allocate(5)
-    assert [[tuple(one.shape) for one in view] for view in views.values()] == [
-        [(BLOCKS, *shape) for shape in shapes]
-    ] * LAYERS
+    ids = tables_of(engine.memory, engine.memory.try_allocate(5))
+    assert [[tuple(one.shape[1:]) for one in view] for view in views.values()] == [list(shapes)] * LAYERS
     for n, view in enumerate(views.values()):
         for i, one in enumerate(view):
             one[ids] = n + 2 * i
@@ -153,8 +170,9 @@ def test_zeroing_reaches_the_blocks_that_are_named(engine):
     with engine.starting(), engine.allocating():
         views = views_by_runner_2(engine, cache_config(BLOCKS), backend(), BLOCK)
     memory = engine.memory
-    ids = memory.try_allocate(6)
-    memory.raw[ids] = 7
+    ids = tables_of(memory, memory.try_allocate(6))
+    for view in views.values():
+        view[ids] = 7
     memory.zero(ids[2:4])
     for view in views.values():
         assert view[ids[2:4]].eq(0).all() and not view[ids[:2]].eq(0).any() and not view[ids[4:]].eq(0).any()
@@ -218,3 +236,25 @@ def test_views_that_can_not_be_placed():
         place(raw.view(MARK, -1), Part(0, 256), blocks)
     with pytest.raises(LayoutNotPossible, match="can't be cut"):
         place(raw.view(MARK * 256), Part(0, 512), torch.zeros(BLOCKS, 1000, dtype=torch.int8))
+
+
+def test_layers_one_by_one_need_equal_layers():
+    raw = torch.zeros(8, 768, dtype=torch.int8)
+    unequal = BlockParts(768, {"0": Part(0, 512), "1": Part(512, 256)})
+    with pytest.raises(LayoutNotPossible, match="the same bytes"):
+        LayerByLayer(unequal, raw, 4)
+    equal = BlockParts(768, {"0": Part(0, 256), "1": Part(256, 256), "2": Part(512, 256), "3": Part(512, 256)})
+    with pytest.raises(LayoutNotPossible, match="1024 bytes apart"):
+        LayerByLayer(equal, torch.zeros(8, 1024, dtype=torch.int8)[:, :768], 4)
+    made = LayerByLayer(equal, raw, 4)
+    assert [made.table_id(block) for block in range(8)] == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert [made.block_of(made.table_id(block)) for block in range(8)] == list(range(8))
+    assert [made.blocks_under(last) for last in (0, 3, 4, 15, 16, 100)] == [4, 4, 8, 8, 8, 8]
+    blocks = [made.blocks_of(layer)[0] for layer in "0123"]
+    assert blocks[2].data_ptr() == blocks[3].data_ptr() == raw.data_ptr() + 2 * 4 * 256
+    assert all(each.shape == (16, 256) for each in blocks)
+    # As many blocks as fill a page of the device with one layer's, and fewer where that makes an extent too large.
+    model = BlockParts(16 << 16, {str(layer): Part(layer << 16, 1 << 16) for layer in range(16)})
+    assert LayerByLayer.extent_bytes(model) == 32 << 20
+    large = BlockParts(80 << 16, {str(layer): Part(layer << 16, 1 << 16) for layer in range(80)})
+    assert LayerByLayer.extent_bytes(large) == 4 * large.size

@@ -44,20 +44,22 @@ class Served:
 
 
 def elastic(num_blocks, pool, **settings):
-    engine = Engine(Settings(pool=pool, park=0, extent=4096, **settings), "chat")
+    engine = Engine(Settings(pool=pool, park=0, extent=4096, ahead=settings.pop("ahead", 0), **settings), "chat")
     engine.device_bytes = 1 << 30
     with engine.starting(), engine.allocating():
         engine.allocate(cache_config(num_blocks), torch.device("cpu"), dict)
         scheduler = scheduler_of(num_blocks)
     engine.started()
-    served = Served(scheduler, engine.memory.raw.view(torch.int64))
+    blocks, part = engine.memory.arrangement.blocks_of("0.0")
+    served = Served(scheduler, blocks[:, part.offset : part.offset + part.size].view(torch.int64))
     return engine, served
 
 
 @pytest.mark.skipif(version_of(vllm.__version__) < (0, 25), reason="evicted cached blocks before free ones")
-def test_as_plain_vllm():
+@pytest.mark.parametrize(("layout", "ahead"), [("blocks", 0), ("layers", 8192)])
+def test_as_plain_vllm(layout, ahead):
     """The same steps, with the same requests in each, on fewer blocks than all would like."""
-    engine, ours = elastic(60, "test-plain", limit=1 << 30)
+    engine, ours = elastic(60, "test-plain", limit=1 << 30, layout=layout, ahead=ahead)
     plain = Served(scheduler_of(60), torch.zeros(60, WIDTH, dtype=torch.int64))
     chance = random.Random(1)
     try:

@@ -79,6 +79,7 @@ class HostEngine:
         settings.setdefault("limit", 1 << 30)
         settings.setdefault("park", 0)
         settings.setdefault("extent", 4096)
+        settings.setdefault("ahead", 0)
         self.engine = Engine(Settings(pool=pool, **settings), name)
         self.engine.device_bytes = 1 << 30
         with self.engine.starting(), self.engine.allocating():
@@ -96,8 +97,9 @@ class HostEngine:
     def check(self) -> None:
         """The books of both sides agree, and no block is anyone's twice."""
         pool, memory = self.pool, self.memory
-        cached = [block.block_id for block in pool.free_block_queue.in_order()]
-        used = [block.block_id for block in pool.blocks if block.ref_cnt > 0 and not block.is_null]
+        block_of = memory.arrangement.block_of
+        cached = [block_of(block.block_id) for block in pool.free_block_queue.in_order()]
+        used = [block_of(block.block_id) for block in pool.blocks if block.ref_cnt > 0 and not block.is_null]
         everyone = [0, *cached, *used, *pool._stock]
         assert len(set(everyone)) == len(everyone) == memory.blocks.held
         assert all(memory.blocks.references(block) == 1 for block in everyone)

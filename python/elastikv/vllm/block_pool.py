@@ -28,35 +28,15 @@ PATIENCE = 0.02  # seconds that a request of others waits for a step of ours
 ASK_AGAIN = 0.1  # seconds before others are asked again, once they had nothing to give
 
 
-class StepLock:
-    """Held while the scheduler makes a step, in which blocks that it has found must not go. Reentrant."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._owner: int | None = None
-        self._depth = 0
-
-    def __enter__(self) -> StepLock:
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-        self._depth += 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._owner = None
-        self._lock.release()
-
-    @contextlib.contextmanager
-    def from_outside(self) -> Iterator[bool]:
-        """Whether it was free in time. Within a step of the same thread it never is."""
-        taken = self._owner != threading.get_ident() and self._lock.acquire(timeout=PATIENCE)
-        try:
-            yield taken
-        finally:
-            if taken:
-                self._lock.release()
+@contextlib.contextmanager
+def taken_from_outside(step_lock: Any) -> Iterator[bool]:
+    """Whether the lock was free in time. Within a step of the same thread it never is."""
+    taken = not step_lock._is_owned() and step_lock.acquire(timeout=PATIENCE)
+    try:
+        yield taken
+    finally:
+        if taken:
+            step_lock.release()
 
 
 class CachedQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
@@ -79,6 +59,9 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
 
     memory: KVMemory | None = None
     free_block_queue: FreeKVCacheBlockQueue
+    # What get_num_free_blocks() answers, as it is asked for every request of a step: None where it must be counted.
+    # No promise: what is promised is secured.
+    _can_be_had: int | None = None
 
     def bind(self, memory: KVMemory, prefix_cache: int | None = None) -> None:
         """From now on blocks are the memory's. prefix_cache: bytes of cached blocks to keep at most; None: any."""
@@ -86,15 +69,17 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             raise ValueError(f"{self.num_gpu_blocks} blocks were planned, but there are {memory.num_blocks}")
         if self.free_block_queue.num_free_blocks != self.num_gpu_blocks - 1:
             raise ValueError("a manager of this model takes blocks for good at its start, which elastikv can't serve")
-        self.step_lock = StepLock()
+        # Held while the scheduler makes a step, in which blocks that it has found must not go. Reentrant.
+        self.step_lock: Any = threading.RLock()
         self._keep = prefix_cache
         self._stock: deque[int] = deque()
         self._refused = self._short = False
-        self._room: int | None = None  # of memory that was there when last asked, in this step
         self._ask_again = 0.0
         self._counting_ids = False
-        for block in self.blocks:  # they are out of vLLM's queue
+        self._block_of = memory.arrangement.block_of
+        for number, block in enumerate(self.blocks):  # out of vLLM's queue, and named as block tables have them
             block.prev_free_block = block.next_free_block = None
+            block.block_id = memory.arrangement.table_id(number)
         self.free_block_queue = CachedQueue([])
         self.memory = memory
         memory.on_idle(self.give_up)
@@ -109,17 +94,20 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         if self.memory is None:
             return
         with self.step_lock:
-            self._refused = False
+            if self._refused:
+                self._refused, self._can_be_had = False, None
             lacking = n - self._secured()
             if lacking <= 0:
                 return
-            self._room = available = self.memory.available()
+            available = self.memory.available()
+            self._can_be_had = self._secured() + available
             if lacking <= available and not at_once:
                 return
             may_ask = lacking <= available or time.monotonic() >= self._ask_again
             if may_ask and self._fetch(lacking):
                 return
             self._refused = self._short = True
+            self._can_be_had = self._secured()
             if may_ask:
                 self._ask_again = time.monotonic() + ASK_AGAIN
 
@@ -128,15 +116,15 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
 
     def get_num_free_blocks(self) -> int:
         """How many blocks can be had now: cached ones, and free ones that there is memory for."""
+        known = self._can_be_had
+        if known is not None:
+            return known
         if self.memory is None:
             return int(super().get_num_free_blocks())
         if self._counting_ids:
             return int(self.num_gpu_blocks) - 1 - self.in_use()
-        if self._refused:
-            return self._secured()
-        if self._room is None:  # asked for each request of a step, and no promise: what is promised is secured
-            self._room = self.memory.available()
-        return self._secured() + self._room
+        self._can_be_had = known = self._secured() + self.memory.available()
+        return known
 
     def in_use(self) -> int:
         """Blocks that a request holds."""
@@ -155,11 +143,18 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         if self.memory is None:
             return list(super().get_new_blocks(num_blocks))
         with self.step_lock:
-            blocks = self._take(num_blocks)
+            stock = self._stock
+            if num_blocks <= len(stock):
+                blocks = [self.blocks[stock.popleft()] for _ in range(num_blocks)]
+            else:
+                blocks = self._take(num_blocks)
+            if self._can_be_had is not None:
+                self._can_be_had -= num_blocks
             for block in blocks:
                 assert block.ref_cnt == 0
                 block.ref_cnt = 1
-                if self.metrics_collector:
+            if self.metrics_collector:
+                for block in blocks:
                     self.metrics_collector.on_block_allocated(block)
             return blocks
 
@@ -189,7 +184,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         assert self.memory is not None
         ids = self.memory.try_allocate(n)
         self._stock.extend(ids)
-        self._room = None
+        self._can_be_had = None
         return ids
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock], *args: Any, **options: Any) -> None:
@@ -204,9 +199,9 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
                 if block.ref_cnt == 0 and not block.is_null:
                     (gone if block.block_hash is None else cached).append(block)
             self.free_block_queue.append_n(cached)
+            self._can_be_had = None
             if gone:
-                self.memory.free([block.block_id for block in gone])
-                self._room = None
+                self._give_back(gone)
             if self._keep is not None and cached:
                 over = self.free_block_queue.num_free_blocks * self.memory.blocks.block_stride - self._keep
                 if over > 0:
@@ -218,22 +213,25 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             return
         with self.step_lock:
             super().touch(blocks)
+            self._can_be_had = None
 
     def evict_blocks(self, block_ids: set[int]) -> None:
-        super().evict_blocks(block_ids)
         if self.memory is None:
+            super().evict_blocks(block_ids)
             return
+        numbers = {self._block_of(each) for each in block_ids}
+        super().evict_blocks(numbers)
         with self.step_lock:
-            gone = [self.blocks[i] for i in block_ids if self._is_cached_free(self.blocks[i])]
+            gone = [self.blocks[i] for i in numbers if self._is_cached_free(self.blocks[i])]
             self.free_block_queue.remove_all(gone)
-            self.memory.free([block.block_id for block in gone])
-            self._room = None
+            self._give_back(gone)
+            self._can_be_had = None
 
     def reset_prefix_cache(self) -> bool:
         if self.memory is None:
             return bool(super().reset_prefix_cache())
         with self.step_lock:
-            self._counting_ids = True
+            self._counting_ids, self._can_be_had = True, None
             try:
                 done = bool(super().reset_prefix_cache())
             finally:
@@ -241,11 +239,15 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             if done:
                 gone = list(self.free_block_queue.in_order())
                 self.free_block_queue.remove_all(gone)
-                self.memory.free([block.block_id for block in gone])
-                self._room = None
+                self._give_back(gone)
+                self._can_be_had = None
             return done
 
     # --- what goes back ---
+
+    def _give_back(self, blocks: Sequence[KVCacheBlock]) -> None:
+        assert self.memory is not None
+        self.memory.free([self._block_of(block.block_id) for block in blocks])
 
     def end_step(self, *, idle: bool = False) -> bool:
         """What was secured and not used goes back, but for a few blocks while there is work.
@@ -255,7 +257,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         if self.memory is None:
             return False
         with self.step_lock:
-            self._refused, self._room = False, None
+            self._refused, self._can_be_had = False, None
             extra = [self._stock.pop() for _ in range(len(self._stock) - (0 if idle else STOCK))]
             if extra:
                 self.memory.free(extra)
@@ -269,7 +271,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         the device is on its way, and not given up twice.
         """
         assert self.memory is not None
-        with self.step_lock.from_outside() as taken:
+        with taken_from_outside(self.step_lock) as taken:
             wanted -= self.memory.retiring_bytes
             return self._evict(wanted) if taken and wanted > 0 else 0
 
@@ -283,7 +285,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         seen: set[int] = set()
         per_extent = memory.blocks_per_extent
         for block in list(self.free_block_queue.in_order()):
-            extent = block.block_id // per_extent
+            extent = self._block_of(block.block_id) // per_extent
             if before - memory.physical_bytes >= wanted:
                 break
             if extent in seen or block.ref_cnt > 0:
@@ -296,8 +298,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             for each in gone:
                 self._maybe_evict_cached_block(each)
             self.free_block_queue.remove_all(gone)
-            memory.free([each.block_id for each in gone])
-        self._room = None
+            self._give_back(gone)
+        self._can_be_had = None
         return max(0, before - memory.physical_bytes)
 
     def _is_cached_free(self, block: KVCacheBlock) -> bool:

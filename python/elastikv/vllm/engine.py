@@ -151,9 +151,9 @@ class Engine:
         try:
             for layer, view in views.items():
                 if id(view) not in placed:
-                    part = memory.layout.parts[layer]
+                    blocks, part = memory.arrangement.blocks_of(layer)
                     many = isinstance(view, (list, tuple))
-                    each = [place(one, part, memory.raw) for one in (view if many else [view])]
+                    each = [place(one, part, blocks) for one in (view if many else [view])]
                     placed[id(view)] = each if many else each[0]
         except LayoutNotPossible as error:
             return again(self._fall_back(error))

@@ -1,4 +1,9 @@
-"""How vLLM's KV tensors lie in elastic blocks: all layers of a block side by side, so that one extent serves them.
+"""How vLLM's KV tensors lie in elastic blocks, all layers of a block on the same extent, so that one serves them.
+
+There are two ways. `SideBySide` has all layers of a block next to each other: extents can be as small as a page.
+`LayerByLayer` has the blocks of an extent in chunks, one a layer, so that a kernel sees in its layer what it would
+see in plain vLLM: blocks as far apart as they are long, and a chunk's worth of them on the same pages. Ids then count
+chunks of all layers, and most of them name nothing in a given layer; block tables hold 32 bits, so there are enough.
 
 vLLM makes its views for itself, over tensors without memory (device `meta`); each is then made again over the blocks,
 with the same shape and other strides. So whatever a backend wants of its tensors stays vLLM's affair.
@@ -14,6 +19,8 @@ import torch
 
 MARK = 1_000_003  # blocks of a stand-in: a prime, so that the dimension of blocks is known by its size
 ALIGNMENT = 256  # bytes; what kernels and TMA descriptors may ask of a layer's start
+CHUNK = 2 << 20  # bytes of a layer that lie together: a page of the device
+LARGEST_EXTENT = 32 << 20  # an idle engine holds one, beside what is parked
 
 
 class LayoutNotPossible(ValueError):
@@ -64,6 +71,83 @@ def parts_of(num_blocks: int, tensors: Sequence[RawTensor]) -> BlockParts:
             end += -(-size // ALIGNMENT) * ALIGNMENT
         parts.update(dict.fromkeys(tensor.shared_by, part))
     return BlockParts(end, parts)
+
+
+class SideBySide:
+    """Blocks of all layers, one after the other. Ids in block tables are the elastic pool's own."""
+
+    def __init__(self, layout: BlockParts, raw: torch.Tensor) -> None:
+        """raw: int8 [num_blocks, bytes of all layers], with its stride."""
+        self._layout, self._raw = layout, raw
+
+    def blocks_of(self, layer: str) -> tuple[torch.Tensor, Part]:
+        """int8 [ids, bytes], and what of a block is the layer's."""
+        return self._raw, self._layout.parts[layer]
+
+    def table_id(self, block: int) -> int:
+        """What block tables hold for the elastic pool's block."""
+        return block
+
+    def block_of(self, table_id: int) -> int:
+        return table_id
+
+    def blocks_under(self, last: int) -> int:
+        """How many of the first blocks must be held, so that ids up to `last` have memory in all layers."""
+        return last + 1
+
+    def zero(self, table_ids: torch.Tensor) -> None:
+        self._raw.index_fill_(0, table_ids, 0)
+
+
+class LayerByLayer:
+    """Extents of as many chunks as there are parts, each with the blocks of its layers one after the other."""
+
+    @staticmethod
+    def extent_bytes(layout: BlockParts) -> int:
+        """For chunks of CHUNK bytes, or smaller ones where that makes extents too large to lie idle."""
+        part = min(part.size for part in layout.parts.values())
+        blocks = max(1, CHUNK // part)
+        while blocks > 1 and blocks * layout.size > LARGEST_EXTENT:
+            blocks //= 2
+        return blocks * layout.size
+
+    def __init__(self, layout: BlockParts, raw: torch.Tensor, blocks_per_extent: int) -> None:
+        """raw: as of SideBySide, on storage of whole extents. Raises LayoutNotPossible."""
+        parts = sorted(set(layout.parts.values()), key=lambda part: part.offset)
+        size = parts[0].size
+        if any(part.size != size for part in parts) or len(parts) * size != layout.size:
+            raise LayoutNotPossible("layers can lie one by one only where all have the same bytes of a block")
+        if raw.stride(0) != layout.size:
+            raise LayoutNotPossible(f"blocks of {layout.size} bytes have gaps: they are {raw.stride(0)} bytes apart")
+        self._parts = {layer: parts.index(part) for layer, part in layout.parts.items()}
+        self._size, self._count, self._per = size, len(parts), blocks_per_extent
+        storage = raw.untyped_storage()
+        self._ids = storage.nbytes() // size - (self._count - 1) * self._per
+        self._blocks, self._chunk = raw.shape[0], self._per * size
+        if self._ids >= 2**31:
+            raise LayoutNotPossible(f"{self._ids} ids do not fit the 32 bits of block tables")
+        self._memory = torch.empty(0, dtype=torch.int8, device=raw.device).set_(storage, 0, (storage.nbytes(),), (1,))
+
+    def blocks_of(self, layer: str) -> tuple[torch.Tensor, Part]:
+        begin = self._parts[layer] * self._chunk
+        return self._memory.as_strided((self._ids, self._size), (self._size, 1), begin), Part(0, self._size)
+
+    def table_id(self, block: int) -> int:
+        extent, at = divmod(block, self._per)
+        return extent * self._per * self._count + at
+
+    def block_of(self, table_id: int) -> int:
+        extent, at = divmod(table_id, self._per * self._count)
+        return extent * self._per + at
+
+    def blocks_under(self, last: int) -> int:
+        """These ids are vLLM's own choice, and fall into all layers' chunks."""
+        end = (self._count - 1) * self._chunk + (last + 1) * self._size
+        return min(self._blocks, -(-end // (self._count * self._chunk)) * self._per)
+
+    def zero(self, table_ids: torch.Tensor) -> None:
+        shape = (self._ids, self._count, self._size)
+        self._memory.as_strided(shape, (self._size, self._chunk, 1)).index_fill_(0, table_ids, 0)
 
 
 def stand_ins(blocks: BlockParts) -> dict[str, torch.Tensor]:

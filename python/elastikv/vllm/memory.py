@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 import elastikv
-from elastikv.vllm.layout import BlockParts
+from elastikv.vllm.layout import BlockParts, LayerByLayer, LayoutNotPossible, SideBySide
 from elastikv.vllm.settings import Settings
 
 logger = logging.getLogger("vllm.elastikv")
@@ -76,28 +76,47 @@ class KVMemory:
             self._other = self._shared.register_model(f"{name} (weights)", 2 * whole, reserve=other_bytes)
         addresses = 2 * num_blocks * layout.size + (1 << 30)
         self.model = self._shared.register_model(name, addresses, reserve=settings.reserve, priority=settings.priority)
+        extent = settings.extent
+        if extent is None and settings.layout == "layers":
+            extent = LayerByLayer.extent_bytes(layout)
         self.blocks = elastikv.BlockPool(
-            self.model, num_blocks, (layout.size,), 1, torch.int8, extent_bytes=settings.extent
+            self.model,
+            num_blocks,
+            (layout.size,),
+            1,
+            torch.int8,
+            extent_bytes=extent,
+            ahead_bytes=settings.ahead,
         )
         self.ceiling = min(num_blocks * self.blocks.block_stride + 2 * self.blocks.extent_bytes, limit)
         self.model.set_quota(limit=self.ceiling)
         self.raw = self.blocks.layer(0)
         self.blocks_per_extent = self.blocks.extent_bytes // self.blocks.block_stride
+        self.arrangement = self._arranged(settings.layout)
         null = self.blocks.allocate(1)
         assert null.tolist() == [0]
-        self.raw[0].zero_()  # some kernels read it, and what they make of it must be a number
+        self.zero([0])  # some kernels read it, and what they make of it must be a number
         self._named: set[int] = set()
         self._stream: torch.cuda.Stream | None = None
         self._idle: elastikv.ReclaimHandle | None = None
         logger.info(
-            "KV cache: %d blocks of %.2f MiB, at most %.2f GiB, in pool '%s' (limit %.2f GiB); extents of %.1f MiB",
+            "KV cache: %d blocks of %.2f MiB, at most %.2f GiB, in pool '%s' (limit %.2f GiB); extents of %.1f MiB, %s",
             num_blocks,
             layout.size / 2**20,
             num_blocks * layout.size / 2**30,
             self.pool_name,
             limit / 2**30,
             self.blocks.extent_bytes / 2**20,
+            type(self.arrangement).__name__,
         )
+
+    def _arranged(self, layout: str) -> SideBySide | LayerByLayer:
+        if layout == "layers":
+            try:
+                return LayerByLayer(self.layout, self.raw, self.blocks_per_extent)
+            except LayoutNotPossible as error:
+                logger.warning("elastikv: layers lie side by side in each block: %s", error)
+        return SideBySide(self.layout, self.raw)
 
     @property
     def physical_bytes(self) -> int:
@@ -127,11 +146,12 @@ class KVMemory:
             return []
 
     def hold_up_to(self, last: int) -> None:
-        """All blocks up to `last` have memory until let_go(): vLLM's warm-up names blocks that nobody gave it.
+        """All ids up to `last` have memory until let_go(): vLLM's warm-up names blocks that nobody gave it.
 
         Raises OutOfPhysicalMemory, OutOfVirtualMemory.
         """
-        while missing := sum(block not in self._named for block in range(1, last + 1)):
+        needed = self.arrangement.blocks_under(last)
+        while missing := sum(block not in self._named for block in range(1, needed)):
             self._named.update(int(each) for each in self.blocks.allocate(missing).tolist())
 
     def let_go(self) -> None:
@@ -143,10 +163,10 @@ class KVMemory:
         """Their memory goes back once the work that is enqueued now has finished. Thread safe."""
         self.blocks.free(ids, streams=None if self._stream is None else [self._stream])
 
-    def zero(self, ids: Sequence[int]) -> None:
+    def zero(self, table_ids: Sequence[int]) -> None:
         """All layers of blocks that are held, in the order of the current stream."""
-        if ids:
-            self.raw.index_fill_(0, torch.tensor(ids, dtype=torch.int64).to(self.device, non_blocking=True), 0)
+        if table_ids:
+            self.arrangement.zero(torch.tensor(table_ids, dtype=torch.int64).to(self.device, non_blocking=True))
 
     def on_idle(self, give_up: Callable[[int], int]) -> None:
         """give_up(wanted) is called, on any thread, where somebody lacks memory; it returns the bytes it freed."""

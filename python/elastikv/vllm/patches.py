@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -239,15 +239,30 @@ def manager_init(original: Function) -> Function:
 
 
 def blocks_to_allocate(original: Function) -> Function:
-    def count(self: Any, *args: Any, **options: Any) -> int:
-        n = int(original(self, *args, **options))
-        if n > 0:
-            secure = getattr(self.block_pool, "secure", None)
-            if secure is not None:
-                secure(n, at_once=not options.get("apply_admission_cap", False))
-        return n
+    """Called for every request of a step, so it is made with the original's own parameters: to collect and to pass on
+    *args and **options takes a microsecond, and a step has hundreds of requests."""
 
-    return count
+    def secure(coordinator: Any, n: int, to_admit: bool) -> None:
+        elastic = getattr(coordinator.block_pool, "secure", None)
+        if elastic is not None:
+            elastic(n, at_once=not to_admit)
+
+    parameters = inspect.signature(original).parameters
+    defaults = {
+        f"default_of_{name}": each.default for name, each in parameters.items() if each.default is not each.empty
+    }
+    takes = ", ".join(f"{name}=default_of_{name}" if f"default_of_{name}" in defaults else name for name in parameters)
+    to_admit = "apply_admission_cap" if "apply_admission_cap" in parameters else "False"
+    made: dict[str, Any] = {"original": original, "secure": secure, **defaults}
+    exec(
+        f"def count({takes}):\n"
+        f"    n = original({', '.join(parameters)})\n"
+        f"    if n > 0:\n"
+        f"        secure(self, n, {to_admit})\n"
+        f"    return n\n",
+        made,
+    )
+    return cast("Function", made["count"])
 
 
 def elastic_pool(scheduler: Any) -> Any:

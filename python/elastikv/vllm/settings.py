@@ -10,6 +10,7 @@ from typing import Any
 from elastikv.cli.sizes import parse_size
 
 PREFIX = "ELASTIKV_VLLM_"
+LAYOUTS = ("blocks", "layers")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Settings:
     prefix_cache: int | None = None  # bytes of idle prefixes that are kept; None: all, until somebody lacks memory
     extent: int | None = None  # bytes that come and go at once; None: 1/64 of the cache, at most 16 MiB
     park: int = 32 << 20  # idle bytes that stay mapped, for the next request
+    ahead: int = 128 << 20  # the same while eight times as much is in use, and mapped before there is need
+    layout: str = "blocks"  # what lies together in an extent: all layers of each block, or all blocks of each layer
     name: str | None = None  # what `elastikv top` shows; None: the model's served name
 
     @classmethod
@@ -51,8 +54,16 @@ def _value_of(key: str, value: object) -> object:
             if not isinstance(value, str) or not value:
                 raise ValueError("it must be a name")
             return value
+        if key == "layout":
+            if value not in LAYOUTS:
+                raise ValueError(f"it must be one of {', '.join(LAYOUTS)}")
+            return value
         if key == "priority":
             return int(str(value))
+        if isinstance(value, bool):
+            raise ValueError("it must be a size")
+        if isinstance(value, int) and value < 0:
+            raise ValueError("it must be at least 0")
         return value if isinstance(value, int) else parse_size(str(value), zero=True)
     except Exception as error:
         raise ValueError(f"elastikv's setting '{key}' for vLLM can't be {value!r}: {error}") from None

@@ -23,6 +23,7 @@ struct BlockSetup {
     Bytes limit_pages = 4096;  // of the budget
     bool lags = false;         // device work runs when the test says so
     Bytes park_pages = 0;
+    Bytes ahead_pages = 0;
 };
 
 struct BlockFixture {
@@ -36,7 +37,8 @@ struct BlockFixture {
         model = shared->register_model("paged", 64 * GiB);
         const Bytes block = setup.block == 0 ? page / 4 : setup.block;
         pool = std::make_unique<BlockPool>(
-            model, BlockLayout::fit(setup.blocks, block, model->pool().page_size(), setup.extent_pages * page));
+            model, BlockLayout::fit(setup.blocks, block, model->pool().page_size(), setup.extent_pages * page), "",
+            setup.ahead_pages * page);
     }
 
     std::vector<BlockId> take(std::size_t count, std::uintptr_t stream = 0) const {
