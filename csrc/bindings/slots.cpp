@@ -67,7 +67,8 @@ void bind_slots(py::module_& module) {
         R"(Rows of `max_tokens` token addresses each; every row has memory for a length of its own.
 
 largest_extent: bytes that memory comes in at most, rounded up to pages; 0: any. An extent is shared by fork() whole, and
-copied otherwise, so rows that are to be forked want 16 to 64 MiB.
+copied otherwise. So rows that are to be forked want a limit, say 128 MiB: within it, what grow() adds comes in pieces of 1/16
+of the row, and smaller ones towards its end.
 
 A token is token_elements elements of dtype; one row's tokens lie side by side. A row starts on a page and on a whole
 token. Nothing is resident at first. tag: names them, and others of their kind, to Model.pause and the like; while they are
@@ -110,6 +111,8 @@ the device; no work may be enqueued on the rows until it returns. See Model.spil
         .def("unspill", &SlotTensor::unspill, arg("rows"), NoGil(),
              "Moves what is spilled of these rows back to the device, charged; see Model.unspill.")
         .def("resident", &SlotTensor::resident, arg("row"), NoGil(), "Tokens that the row has memory for.")
+        .def("forked", &SlotTensor::forked, arg("row"), NoGil(),
+             "Tokens that the row got by a fork, as far as it still has memory for them.")
         .def(
             "record_stream",
             [](SlotTensor& slots, const py::object& stream) {

@@ -13,6 +13,9 @@ import elastikv
 from elastikv.distributed.slots import RankedSlots
 from elastikv.errors import InvalidArgument
 
+#: Bytes of memory that come in one piece at most, so that rows can be forked: a fork shares whole pieces.
+LARGEST_EXTENT = 128 << 20
+
 if TYPE_CHECKING:
     from elastikv.distributed import Ranks
     from elastikv.hf.geometry import KVGeometry, LayerShape
@@ -38,8 +41,8 @@ class Slots:
     have ended. And there is one row more, `idle_row`, for places in a step that no sequence takes; it stays empty.
 
     ranks: of a parallel group, which all make the same calls on slots like these: their rows have the same memory.
-    largest_extent: bytes of memory that come in one piece at most, 0 for any; rows that are to be forked share whole
-    pieces only.
+    largest_extent: bytes of memory that come in one piece at most, as rows that are forked share whole pieces; 0: any,
+    for rows that never are.
 
     Memory errors leave everything as it was. Not thread-safe.
     """
@@ -53,7 +56,7 @@ class Slots:
         max_tokens: int,
         dtype: torch.dtype | None = None,
         ranks: Ranks | None = None,
-        largest_extent: int = 0,
+        largest_extent: int = LARGEST_EXTENT,
     ) -> None:
         if rows < 1 or max_tokens < 1:
             raise InvalidArgument(f"slots need at least one row and one token, not {rows} and {max_tokens}")
