@@ -35,9 +35,9 @@ py::object window(SlotTensor& slots, std::int64_t offset, const Integers& shape)
 }
 
 py::tuple store_rows(const py::object& key_window, const py::object& value_window, const py::object& keys,
-                     const py::object& values, std::int64_t pitch, std::int64_t before) {
+                     const py::object& values, std::int64_t rows, std::int64_t pitch, std::int64_t before) {
     const auto [all_keys, all_values] = torch::store_rows(to_tensor(key_window), to_tensor(value_window),
-                                                          to_tensor(keys), to_tensor(values), pitch, before);
+                                                          to_tensor(keys), to_tensor(values), rows, pitch, before);
     return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(all_keys)),
                           py::reinterpret_steal<py::object>(THPVariable_Wrap(all_values)));
 }
@@ -129,12 +129,13 @@ the device; no work may be enqueued on the rows until it returns. See Model.spil
         .def_property_readonly("views", &SlotTensor::views, "Tensors on the memory besides the windows.")
         .def_property_readonly("model", [](SlotTensor& slots) { return slots.block().model(); });
     module.def(
-        "store_rows", &store_rows, arg("key_window"), arg("value_window"), arg("keys"), arg("values"), arg("pitch"),
-        arg("before"),
-        R"(Stores keys and values [row, head, token, dim] behind the first `before` tokens of rows 0, 1, ... of two windows
-[row * pitch + token, head, dim]; returns views [row, token, head, dim] of all of these rows' tokens.
+        "store_rows", &store_rows, arg("key_window"), arg("value_window"), arg("keys"), arg("values"), arg("rows"),
+        arg("pitch"), arg("before"),
+        R"(Stores keys and values [row, head, token, dim] behind the first `before` tokens of rows 0 to `rows` - 1 of two
+windows [row * pitch + token, head, dim]; returns views [row, head, token, dim] of all of these rows' tokens.
 
-The rows must have memory for them. Raises InvalidArgument for what does not fit.)");
+The rows must have memory for them. Raises InvalidArgument for what does not fit in shape, dtype or device, and for what
+wants a gradient; nothing is stored then.)");
     py::class_<StagedSlots, std::unique_ptr<StagedSlots, DropWithoutGil>>(module, "StagedSlots",
                                                                           R"(The growth of some rows in two halves.
 

@@ -8,14 +8,15 @@
 
 namespace elastikv::torch {
 
-// Stores `keys` and `values`, [row, head, token, dim], behind the first `before` tokens of rows 0, 1, ... of two
-// windows [row * pitch + token, head, dim]. Returns views [row, token, head, dim] of all tokens of these rows, old and
-// new. In one call because a decode step makes it once a layer, and Python's share of eager decoding is what one waits
-// for.
+// Stores `keys` and `values`, [row, head, token, dim], behind the first `before` tokens of rows 0 to `rows` - 1 of two
+// windows [row * pitch + token, head, dim]. Returns views [row, head, token, dim] of all tokens of these rows, old and
+// new. In one call, checks included, because a decode step makes it once a layer, and Python's share of eager decoding
+// is what one waits for.
 //
-// The rows must have memory for them. Enqueued on the current stream. Throws InvalidArgument for what does not fit.
+// The rows must have memory for them. Enqueued on the current stream. Throws InvalidArgument for what does not fit, in
+// shape, dtype or device, and for what wants a gradient; nothing is stored then.
 std::pair<at::Tensor, at::Tensor> store_rows(const at::Tensor& key_window, const at::Tensor& value_window,
-                                             const at::Tensor& keys, const at::Tensor& values, std::int64_t pitch,
-                                             std::int64_t before);
+                                             const at::Tensor& keys, const at::Tensor& values, std::int64_t rows,
+                                             std::int64_t pitch, std::int64_t before);
 
 }  // namespace elastikv::torch

@@ -51,6 +51,7 @@ def store_rows(
     value_window: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    rows: int,
     pitch: int,
     before: int,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...

@@ -23,6 +23,10 @@ def _op() -> Any:
     return torch.ops.aten._flash_attention_forward.default
 
 
+#: The same kernels without lengths. Not by torch.ops, whose way to them takes several times as long.
+even_op: Any = torch._scaled_dot_product_flash_attention
+
+
 @cache
 def why_not(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str:
     """Why the op can't serve such heads; empty if it can."""
@@ -87,10 +91,10 @@ def attend(
 def attend_even(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float | None
 ) -> torch.Tensor:
-    """Attention ``[row, 1, head, dim]`` of one query a row on views ``[row, token, KV head, dim]`` of exact length.
+    """Attention ``[row, 1, head, dim]`` of queries ``[row, head, 1, dim]`` on views ``[row, KV head, token, dim]``.
 
-    The same op without lengths: it plans nothing by the length, and spreads any number of heads over the GPU.
+    Over views of exactly the rows' length: the kernels plan nothing by the length, and spread any number of heads over
+    the GPU.
     """
-    output: torch.Tensor = _op()(query, keys, values, None, None, 1, keys.shape[1], 0.0, False, False,
-                                         scale=scaling)[0]  # fmt: skip
-    return output
+    output: torch.Tensor = even_op(query, keys, values, scale=scaling)[0]
+    return output.transpose(1, 2)

@@ -12,6 +12,7 @@ import torch
 import elastikv
 from elastikv.distributed.slots import RankedSlots
 from elastikv.errors import InvalidArgument
+from elastikv.hf import flash
 
 #: Bytes of memory that come in one piece at most, so that rows can be forked: a fork shares whole pieces.
 LARGEST_EXTENT = 128 << 20
@@ -73,6 +74,7 @@ class Slots:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.lengths = [0] * rows
+        self.over_views: list[str] = []  # by layer, why the flash op does not serve it; empty if it does
         self.generation = 0  # changes when the addresses do
         self._stale: set[int] = set()  # rows whose length the device does not know yet
         self._free = list(range(rows))
@@ -103,9 +105,15 @@ class Slots:
         self.tensor = tensor if self.ranks is None else RankedSlots(tensor, self.ranks)
         self.keys, self.values = keys, values
         self.shapes, self.dtype = tuple(shapes), dtype
+        self.over_views = [self._why_not_flash(shape, dtype) for shape in shapes]
         self.lengths = [0] * self.rows
         self._stale.clear()
         self.generation += 1
+
+    def _why_not_flash(self, shape: LayerShape, dtype: torch.dtype) -> str:
+        if self.rows * self.pitch > flash.MOST_TOKENS:
+            return f"{self.rows} rows of {self.pitch} tokens are more than it can number"
+        return flash.why_not(self.device, dtype, shape.key_dim, shape.value_dim)
 
     @property
     def pitch(self) -> int:
