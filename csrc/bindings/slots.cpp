@@ -36,10 +36,27 @@ py::object window(SlotTensor& slots, std::int64_t offset, const Integers& shape)
 
 py::tuple store_rows(const py::object& key_window, const py::object& value_window, const py::object& keys,
                      const py::object& values, std::int64_t rows, std::int64_t pitch, std::int64_t before) {
-    const auto [all_keys, all_values] = torch::store_rows(to_tensor(key_window), to_tensor(value_window),
-                                                          to_tensor(keys), to_tensor(values), rows, pitch, before);
+    const at::Tensor windows[] = {to_tensor(key_window), to_tensor(value_window)};
+    const at::Tensor states[] = {to_tensor(keys), to_tensor(values)};
+    const auto [all_keys, all_values] = [&] {
+        const py::gil_scoped_release release;
+        return torch::store_rows(windows[0], windows[1], states[0], states[1], rows, pitch, before);
+    }();
     return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(all_keys)),
                           py::reinterpret_steal<py::object>(THPVariable_Wrap(all_values)));
+}
+
+py::object attend_even(const py::object& key_window, const py::object& value_window, const py::object& query,
+                       const py::object& keys, const py::object& values, std::int64_t rows, std::int64_t pitch,
+                       std::int64_t before, std::optional<std::int64_t> seen, std::optional<double> scale) {
+    const at::Tensor windows[] = {to_tensor(key_window), to_tensor(value_window)};
+    const at::Tensor states[] = {to_tensor(query), to_tensor(keys), to_tensor(values)};
+    const at::Tensor output = [&] {
+        const py::gil_scoped_release release;
+        return torch::attend_even(windows[0], windows[1], states[0], states[1], states[2], rows, pitch, before, seen,
+                                  scale);
+    }();
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(output));
 }
 
 // A thread that grows the slots holds their lock while it waits for memory, and may need the GIL to go on.
@@ -136,6 +153,12 @@ windows [row * pitch + token, head, dim]; returns views [row, head, token, dim] 
 
 The rows must have memory for them. Raises InvalidArgument for what does not fit in shape, dtype or device, and for what
 wants a gradient; nothing is stored then.)");
+    module.def(
+        "attend_even", &attend_even, arg("key_window"), arg("value_window"), arg("query"), arg("keys"), arg("values"),
+        arg("rows"), arg("pitch"), arg("before"), arg("window"), arg("scale"),
+        R"(store_rows, and then attention [row, 1, query head, dim] of one query a row, [row, query head, 1, dim].
+
+On the last `window` tokens, or on all: by the flash kernels, or on the CPU by whatever torch has.)");
     py::class_<StagedSlots, std::unique_ptr<StagedSlots, DropWithoutGil>>(module, "StagedSlots",
                                                                           R"(The growth of some rows in two halves.
 

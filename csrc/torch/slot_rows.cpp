@@ -1,8 +1,12 @@
 #include "torch/slot_rows.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
 
+#include <algorithm>
 #include <sstream>
+#include <tuple>
 
 #include "base/error.h"
 
@@ -46,6 +50,22 @@ std::pair<at::Tensor, at::Tensor> store_rows(const at::Tensor& key_window, const
     require_fit(value_window, values, rows, pitch, before);
     at::Tensor held = store(key_window, keys, pitch, before);
     return {std::move(held), store(value_window, values, pitch, before)};
+}
+
+at::Tensor attend_even(const at::Tensor& key_window, const at::Tensor& value_window, const at::Tensor& query,
+                       const at::Tensor& keys, const at::Tensor& values, std::int64_t rows, std::int64_t pitch,
+                       std::int64_t before, std::optional<std::int64_t> window, std::optional<double> scale) {
+    auto [all_keys, all_values] = store_rows(key_window, value_window, keys, values, rows, pitch, before);
+    if (const std::int64_t held = all_keys.size(2); window && *window < held) {
+        all_keys = all_keys.narrow(2, held - *window, *window);
+        all_values = all_values.narrow(2, held - *window, *window);
+    }
+    const bool grouped = query.dim() == 4 && query.size(1) != all_keys.size(1);
+    const at::Tensor output =
+        query.is_cpu() ? at::scaled_dot_product_attention(query, all_keys, all_values, {}, 0.0, false, scale, grouped)
+                       : std::get<0>(at::_scaled_dot_product_flash_attention(query, all_keys, all_values, 0.0, false,
+                                                                             false, scale));
+    return output.transpose(1, 2);
 }
 
 }  // namespace elastikv::torch

@@ -55,6 +55,18 @@ def store_rows(
     pitch: int,
     before: int,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+def attend_even(
+    key_window: torch.Tensor,
+    value_window: torch.Tensor,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: int,
+    pitch: int,
+    before: int,
+    window: int | None,
+    scale: float | None,
+) -> torch.Tensor: ...
 
 class StagedSlots:
     def __init__(self, slots: SlotTensor, rows: Sequence[int], tokens: Sequence[int]) -> None: ...

@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig  # noqa: E402
 
+from elastikv import _core  # noqa: E402
 from elastikv.hf import Decoder, ElasticCache, Slots, flash, generate  # noqa: E402
 from elastikv.hf.generation import prefill  # noqa: E402
 from elastikv.hf.geometry import KVGeometry, LayerShape, kv_geometry  # noqa: E402
@@ -57,22 +58,12 @@ def flash_by_definition(
     return output, None, None, None, None
 
 
-def even_by_definition(query, key, value, *, scale):
-    """What aten::_scaled_dot_product_flash_attention computes."""
-    assert query.ndim == 4 and query.shape[2] == 1 and key.stride(-1) == value.stride(-1) == 1
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return (scores.softmax(-1).to(value.dtype) @ value,)
-
-
 @pytest.fixture
 def flash_everywhere(device, monkeypatch):
     """On the CPU the op's definition in its place, for any head and dtype."""
     if device == "cpu":
         monkeypatch.setattr(flash, "why_not", lambda *args: "")
         monkeypatch.setattr(flash, "_op", lambda: flash_by_definition)
-        monkeypatch.setattr(flash, "even_op", even_by_definition)
 
 
 @pytest.fixture
@@ -267,9 +258,10 @@ def test_the_op_takes_what_we_give():
         scaling=0.125, window=None,
     )  # fmt: skip
     assert output.shape == (3, 4, 64)
-    even = torch.empty(3, 77, 2, 64, device="meta").transpose(1, 2)
-    output = flash.attend_even(query.view(3, 4, 1, 64), even, even, scaling=0.125)
-    assert output.shape == (3, 1, 4, 64)
+    window, new = torch.empty(400, 2, 64, device="meta"), torch.empty(3, 2, 1, 64, device="meta")
+    for seen in (None, 30, 100):
+        output = _core.attend_even(window, window, query.view(3, 4, 1, 64), new, new, 3, 100, 76, seen, 0.125)
+        assert output.shape == (3, 1, 4, 64)
 
 
 def test_why_not():

@@ -23,10 +23,6 @@ def _op() -> Any:
     return torch.ops.aten._flash_attention_forward.default
 
 
-#: The same kernels without lengths. Not by torch.ops, whose way to them takes several times as long.
-even_op: Any = torch._scaled_dot_product_flash_attention
-
-
 @cache
 def why_not(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str:
     """Why the op can't serve such heads; empty if it can."""
@@ -86,15 +82,3 @@ def attend(
         seqused_k=lengths,
     )[0]
     return output[:, ::2] if doubled else output
-
-
-def attend_even(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float | None
-) -> torch.Tensor:
-    """Attention ``[row, 1, head, dim]`` of queries ``[row, head, 1, dim]`` on views ``[row, KV head, token, dim]``.
-
-    Over views of exactly the rows' length: the kernels plan nothing by the length, and spread any number of heads over
-    the GPU.
-    """
-    output: torch.Tensor = even_op(query, keys, values, scale=scaling)[0]
-    return output.transpose(1, 2)

@@ -251,7 +251,8 @@ class EvenStep(Step):
         if slots.lengths[:rows] != [self.before] * rows:
             raise InvalidArgument(f"rows of {slots.lengths[:rows]} tokens do not hold as many each")
         slots.reserve(self.rows, [1] * rows)
-        self._pitch = slots.pitch
+        self._count, self._pitch, self._windows = rows, slots.pitch, slots.geometry.windows
+        self._on_cpu = slots.device.type == "cpu"
 
     def compute(
         self,
@@ -264,15 +265,12 @@ class EvenStep(Step):
         extras: Extras | None = None,
     ) -> torch.Tensor:
         slots = self.slots
-        keys, values = _core.store_rows(
-            slots.keys[layer], slots.values[layer], key, value, len(self.rows), self._pitch, self.before
-        )
-        window = self._window(layer, window)
-        if window is not None and window <= self.before:
-            keys, values = keys[:, :, -window:], values[:, :, -window:]
-        if not self._takes_flash(layer, extras):
-            return views.attend(query, keys, values, scaling=scaling, window=window, extras=extras)
-        return flash.attend_even(query, keys, values, scaling=scaling)
+        windows, held = (slots.keys[layer], slots.values[layer]), (self._count, self._pitch, self.before)
+        window = window or self._windows[layer]
+        if extras is None and (self._on_cpu or self._takes_flash(layer, extras)):
+            return _core.attend_even(*windows, query, key, value, *held, window, scaling)
+        keys, values = _core.store_rows(*windows, key, value, *held)
+        return views.attend(query, keys, values, scaling=scaling, window=window, extras=extras)
 
     def commit(self) -> None:
         self.slots.set_lengths(self.rows, [self.before + 1] * len(self.rows))
