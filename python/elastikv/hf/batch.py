@@ -10,6 +10,7 @@ import elastikv
 from elastikv import _core
 from elastikv.errors import InvalidArgument
 from elastikv.hf.geometry import LayerShape, require_fit
+from elastikv.hf.rearranging import Lineage, rearrange_each, rearrange_even
 from elastikv.hf.slots import Slots
 from elastikv.hf.step import DecodeStep, EvenStep, RaggedStep
 
@@ -59,6 +60,7 @@ class Batch:
         self._rows = 0  # rows of the running step, or of the last one
         self._first: list[tuple[torch.Tensor, torch.Tensor]] = []  # states of a first step that tells the shapes
         self._step: Step | None = None
+        self._lineage = Lineage()
         self._decode: tuple[int, DecodeStep] | None = None  # with the slots' generation
         self._closed = False
 
@@ -211,6 +213,7 @@ class Batch:
             return
         self._abandon_step()
         self.length = length
+        self._lineage.cropped(length)
         self.padding = [min(lost, length) for lost in self.padding]
         rows = range(self.size)
         self._slots.crop(rows, [length - (self.padding[row] if self.padding else 0) for row in rows])
@@ -220,6 +223,7 @@ class Batch:
         self._abandon_step()
         self.length = self.size = 0
         self.padding = []
+        self._lineage.cropped(0)
         self._slots.reset()
 
     def close(self) -> None:
@@ -229,7 +233,7 @@ class Batch:
         self._closed = True
 
     def rearrange(self, sources: torch.Tensor, *, same_size: bool = False) -> None:
-        """Row i becomes what row ``sources[i]`` was, in place. One layer is copied aside at a time."""
+        """Row i becomes what row ``sources[i]`` was, in place."""
         self.require_whole_steps()
         if self.size == 0:
             return
@@ -241,33 +245,15 @@ class Batch:
         if count == 0:
             self.reset()
             return
-        if self.ragged or count != self.size:
-            self._rearrange_each(sources.tolist())
+        origins = sources.tolist()
+        if not self.ragged and count == self.size:
+            rearrange_even(self._slots, origins, self.length, self._lineage)
             return
-        sources = sources.to(self._slots.device)
-        for layer in range(self.geometry.layers):
-            for used in self._slots.batch_view(layer, 0, self.size, 0, self.length):
-                used.copy_(used.index_select(0, sources))
-
-    def _rearrange_each(self, sources: list[int]) -> None:
-        slots, count, before = self._slots, len(sources), self.size
-        lengths = [slots.lengths[source] for source in sources]
-        tensor = slots.tensor
-        assert tensor is not None
-        tensor.grow(list(range(count)), lengths)  # all or none, before anything changes
-        for layer in range(self.geometry.layers):
-            aside = [[part.clone() for part in slots.view(layer, row, 0, slots.lengths[row])] for row in set(sources)]
-            kept = dict(zip(set(sources), aside))
-            for row, source in enumerate(sources):
-                if row != source:
-                    for target, part in zip(slots.view(layer, row, 0, lengths[row]), kept[source]):
-                        target.copy_(part)
+        rearrange_each(self._slots, origins, self.size)
+        self._lineage.rearranged(origins, self._slots.lengths[:count])
         if self.padding:
-            self.padding = [self.padding[source] for source in sources]
+            self.padding = [self.padding[source] for source in origins]
         self.size = self._rows = count
-        rows = max(count, before)
-        slots.set_lengths(range(rows), lengths + [0] * (rows - count))
-        slots.crop(range(rows), list(slots.lengths[:rows]))
 
     def copy(self) -> Batch:
         """A batch of its own with the same tokens, charged to the same model."""

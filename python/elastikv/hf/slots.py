@@ -77,6 +77,7 @@ class Slots:
         self.over_views: list[str] = []  # by layer, why the flash op does not serve it; empty if it does
         self.generation = 0  # changes when the addresses do
         self._stale: set[int] = set()  # rows whose length the device does not know yet
+        self._cropped: set[int] = set()  # rows that may go on below a fork
         self._free = list(range(rows))
         if dtype is not None and geometry.shapes is not None:
             self.allocate(geometry.shapes, dtype)
@@ -108,6 +109,7 @@ class Slots:
         self.over_views = [self._why_not_flash(shape, dtype) for shape in shapes]
         self.lengths = [0] * self.rows
         self._stale.clear()
+        self._cropped.clear()
         self.generation += 1
 
     def _why_not_flash(self, shape: LayerShape, dtype: torch.dtype) -> str:
@@ -179,6 +181,22 @@ class Slots:
                 f"{self.lengths[row]} + {more} tokens do not fit a cache of max_tokens={self.max_tokens}"
             )
         self._memory.grow(list(rows), wanted)
+        if self._cropped:
+            for row in self._cropped.intersection(rows):
+                self._memory.make_writable(row, self.lengths[row], self._memory.max_tokens)
+            self._cropped.difference_update(rows)
+
+    def grow(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Memory for tokens[i] tokens in all in rows[i]; all rows or none. Raises OutOfPhysicalMemory."""
+        self._memory.grow(list(rows), list(tokens))
+
+    def make_writable(self, row: int, begin: int, end: int) -> None:
+        """The row's own copy of what it shares between these tokens. Raises OutOfPhysicalMemory."""
+        self._memory.make_writable(row, begin, end)
+
+    def resident(self, row: int) -> int:
+        """Tokens that the row has memory for."""
+        return self._memory.resident(row)
 
     def prefetch(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Maps memory for tokens[i] more tokens in rows[i] in the background; a hint, cut off at max_tokens."""
@@ -219,6 +237,7 @@ class Slots:
         if self.tensor is None:
             return
         kept = [min(self.lengths[row], length) for row, length in zip(rows, lengths)]
+        self._cropped.update(row for row, length in zip(rows, kept) if length < self.lengths[row])
         self.set_lengths(rows, kept)
         with contextlib.suppress(InvalidArgument):
             self.tensor.shrink(list(rows), kept)
