@@ -27,7 +27,7 @@ def forks_of(config: LlamaConfig, device: str, tokens: int, chunk: int) -> dict[
     limit = 4 * tokens * geometry.token_bytes(dtype) + (1 << 30)
     synchronize = (lambda: None) if device == "cpu" else torch.cuda.synchronize
     found: dict[str, Any] = {"tokens": tokens, "chunk": chunk, "forks": FORKS}
-    with elastikv.SharedMemoryPool(limit, device) as pool:
+    with elastikv.SharedMemoryPool(limit, device, page_size=4096 if device == "cpu" else None) as pool:
         handle = pool.register_model("forks", virtual_capacity=1 << 44)
         for name, length in (("whole", tokens), ("ragged", tokens - 5)):
             slots = Slots(geometry, model=handle, rows=FORKS + 2, max_tokens=tokens + chunk, dtype=dtype)

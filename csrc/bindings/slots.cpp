@@ -35,11 +35,28 @@ py::object window(SlotTensor& slots, std::int64_t offset, const Integers& shape)
 }
 
 py::tuple store_rows(const py::object& key_window, const py::object& value_window, const py::object& keys,
-                     const py::object& values, std::int64_t pitch, std::int64_t before) {
-    const auto [all_keys, all_values] = torch::store_rows(to_tensor(key_window), to_tensor(value_window),
-                                                          to_tensor(keys), to_tensor(values), pitch, before);
+                     const py::object& values, std::int64_t rows, std::int64_t pitch, std::int64_t before) {
+    const at::Tensor windows[] = {to_tensor(key_window), to_tensor(value_window)};
+    const at::Tensor states[] = {to_tensor(keys), to_tensor(values)};
+    const auto [all_keys, all_values] = [&] {
+        const py::gil_scoped_release release;
+        return torch::store_rows(windows[0], windows[1], states[0], states[1], rows, pitch, before);
+    }();
     return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(all_keys)),
                           py::reinterpret_steal<py::object>(THPVariable_Wrap(all_values)));
+}
+
+py::object attend_even(const py::object& key_window, const py::object& value_window, const py::object& query,
+                       const py::object& keys, const py::object& values, std::int64_t rows, std::int64_t pitch,
+                       std::int64_t before, std::optional<std::int64_t> seen, std::optional<double> scale) {
+    const at::Tensor windows[] = {to_tensor(key_window), to_tensor(value_window)};
+    const at::Tensor states[] = {to_tensor(query), to_tensor(keys), to_tensor(values)};
+    const at::Tensor output = [&] {
+        const py::gil_scoped_release release;
+        return torch::attend_even(windows[0], windows[1], states[0], states[1], states[2], rows, pitch, before, seen,
+                                  scale);
+    }();
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(output));
 }
 
 // A thread that grows the slots holds their lock while it waits for memory, and may need the GIL to go on.
@@ -67,7 +84,8 @@ void bind_slots(py::module_& module) {
         R"(Rows of `max_tokens` token addresses each; every row has memory for a length of its own.
 
 largest_extent: bytes that memory comes in at most, rounded up to pages; 0: any. An extent is shared by fork() whole, and
-copied otherwise, so rows that are to be forked want 16 to 64 MiB.
+copied otherwise. So rows that are to be forked want a limit, say 128 MiB: within it, what grow() adds comes in pieces of 1/16
+of the row, and smaller ones towards its end.
 
 A token is token_elements elements of dtype; one row's tokens lie side by side. A row starts on a page and on a whole
 token. Nothing is resident at first. tag: names them, and others of their kind, to Model.pause and the like; while they are
@@ -110,6 +128,8 @@ the device; no work may be enqueued on the rows until it returns. See Model.spil
         .def("unspill", &SlotTensor::unspill, arg("rows"), NoGil(),
              "Moves what is spilled of these rows back to the device, charged; see Model.unspill.")
         .def("resident", &SlotTensor::resident, arg("row"), NoGil(), "Tokens that the row has memory for.")
+        .def("forked", &SlotTensor::forked, arg("row"), NoGil(),
+             "Tokens that the row got by a fork, as far as it still has memory for them.")
         .def(
             "record_stream",
             [](SlotTensor& slots, const py::object& stream) {
@@ -126,12 +146,19 @@ the device; no work may be enqueued on the rows until it returns. See Model.spil
         .def_property_readonly("views", &SlotTensor::views, "Tensors on the memory besides the windows.")
         .def_property_readonly("model", [](SlotTensor& slots) { return slots.block().model(); });
     module.def(
-        "store_rows", &store_rows, arg("key_window"), arg("value_window"), arg("keys"), arg("values"), arg("pitch"),
-        arg("before"),
-        R"(Stores keys and values [row, head, token, dim] behind the first `before` tokens of rows 0, 1, ... of two windows
-[row * pitch + token, head, dim]; returns views [row, token, head, dim] of all of these rows' tokens.
+        "store_rows", &store_rows, arg("key_window"), arg("value_window"), arg("keys"), arg("values"), arg("rows"),
+        arg("pitch"), arg("before"),
+        R"(Stores keys and values [row, head, token, dim] behind the first `before` tokens of rows 0 to `rows` - 1 of two
+windows [row * pitch + token, head, dim]; returns views [row, head, token, dim] of all of these rows' tokens.
 
-The rows must have memory for them. Raises InvalidArgument for what does not fit.)");
+The rows must have memory for them. Raises InvalidArgument for what does not fit in shape, dtype or device, and for what
+wants a gradient; nothing is stored then.)");
+    module.def(
+        "attend_even", &attend_even, arg("key_window"), arg("value_window"), arg("query"), arg("keys"), arg("values"),
+        arg("rows"), arg("pitch"), arg("before"), arg("window"), arg("scale"),
+        R"(store_rows, and then attention [row, 1, query head, dim] of one query a row, [row, query head, 1, dim].
+
+On the last `window` tokens, or on all: by the flash kernels, or on the CPU by whatever torch has.)");
     py::class_<StagedSlots, std::unique_ptr<StagedSlots, DropWithoutGil>>(module, "StagedSlots",
                                                                           R"(The growth of some rows in two halves.
 

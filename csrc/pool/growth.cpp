@@ -61,15 +61,24 @@ Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const Al
 
 Bytes VirtualMemoryPool::try_fill_gaps(ByteRange pages, const AllocateOptions& options, std::vector<Extent>& fresh) {
     for (const ByteRange& gap : table_.gaps(pages)) {
-        const Bytes step = options.largest_extent == 0 ? gap.size() : options.largest_extent;
-        for (Bytes begin = gap.begin; begin < gap.end; begin += std::min(step, gap.end - begin)) {
-            const ByteRange piece{begin, begin + std::min(step, gap.end - begin)};
+        ByteRange piece{gap.begin, gap.begin};
+        while (piece.end < gap.end) {
+            piece = {piece.end, piece.end + extent_size(gap.end - piece.end, options)};
             AllocateOptions of_piece = options;
             of_piece.open_ended = options.open_ended && piece.end == gap.end;
             if (try_fill_gap(piece, of_piece, fresh) > 0) return gap.end - piece.begin;
         }
     }
     return 0;
+}
+
+// Of the first extent of a gap of which so much is left.
+Bytes VirtualMemoryPool::extent_size(Bytes left, const AllocateOptions& options) const {
+    if (options.largest_extent == 0) return left;
+    const Bytes most = std::min(options.largest_extent, left);
+    if (options.smallest_extent == 0 || left <= options.smallest_extent) return most;
+    const Bytes half = *align_up(left / 2, page_size());
+    return std::min(most, std::max(options.smallest_extent, half));
 }
 
 Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh) {

@@ -45,6 +45,9 @@ struct AllocateOptions {
     // What is new comes in extents up to this size, whole pages; 0: one extent a gap. Memory that may be shared is
     // given such extents, as an extent is shared whole: see VirtualMemoryPool::alias.
     Bytes largest_extent = 0;
+    // Beside it: towards the end of a gap extents are halves of what is left of it, down to this size, whole pages; so
+    // what is shared up to a place near the end leaves little to copy. 0: they are not.
+    Bytes smallest_extent = 0;
     // Where memory is short, wait in line for it; null: don't. It lives until the call returns.
     const WaitOptions* wait = nullptr;
     Grant* grant = nullptr;  // paid from before the budget is charged

@@ -216,6 +216,7 @@ class VirtualMemoryPool {
     // on success.
     Bytes try_allocate(std::span<const ByteRange> parts, const AllocateOptions& options);
     Bytes try_fill_gaps(ByteRange pages, const AllocateOptions& options, std::vector<Extent>& fresh);
+    Bytes extent_size(Bytes left, const AllocateOptions& options) const;
     Bytes try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh);
     bool try_charge(Bytes bytes, Grant* grant) noexcept;
     Bytes missing(Bytes offset, Bytes size) const;

@@ -12,6 +12,12 @@
 namespace elastikv::torch {
 namespace {
 
+// Extents of a row that may be forked. Each costs a fork its driver calls, and the one in which the fork ends is
+// copied: so a prompt comes in few, and towards its end, where most forks are, in small ones.
+constexpr Bytes extents_a_row = 16;
+constexpr Bytes pages_worth_an_extent = 8;
+constexpr Bytes last_extents_share = 128;
+
 void free_block(void* context) { delete static_cast<SlotBlock*>(context); }
 
 }  // namespace
@@ -33,9 +39,8 @@ SlotLayout slot_layout(std::uint64_t rows, std::uint64_t max_tokens, Bytes token
     };
     const Bytes period = times(token / std::gcd(token, page), page);
     const Bytes periods = (times(token, max_tokens) - 1) / period + 1;
-    // Beyond a row it limits nothing, and would not round.
-    const SlotLayout layout{rows, max_tokens, token, times(period, periods),
-                            largest_extent < times(period, periods) ? *align_up(largest_extent, page) : 0};
+    const Bytes pitch = times(period, periods);
+    const SlotLayout layout{rows, max_tokens, token, pitch, *align_up(std::min(largest_extent, pitch), page)};
     times(layout.pitch, rows);
     return layout;
 }
@@ -44,7 +49,8 @@ SlotBlock::SlotBlock(const ModelPtr& model, SlotLayout layout, std::string tag)
     : region_(model->reserve(layout.size(), std::move(tag))),
       layout_(layout),
       page_(model->pool().page_size()),
-      claimed_(layout.rows, 0) {}
+      claimed_(layout.rows, 0),
+      forked_(layout.rows, 0) {}
 
 SlotBlock::~SlotBlock() {
     try {
@@ -73,6 +79,17 @@ void SlotBlock::record_stream(Stream stream) {
 
 Bytes SlotBlock::pages_for(std::uint64_t tokens) const { return (tokens * layout_.token + page_ - 1) / page_ * page_; }
 
+// For memory of a row up to `end`.
+AllocateOptions SlotBlock::options_for(Bytes end) const {
+    AllocateOptions options;
+    options.stream = current_stream(model()->pool().device());
+    if (layout_.largest_extent == 0) return options;
+    const Bytes share = *align_up(end / extents_a_row, page_);
+    options.largest_extent = std::min(layout_.largest_extent, std::max(share, pages_worth_an_extent * page_));
+    options.smallest_extent = std::max(*align_up(end / last_extents_share, page_), page_);
+    return options;
+}
+
 void SlotBlock::grow(std::span<const RowTokens> rows, bool exact) {
     const std::lock_guard lock(mutex_);
     claim_rows(rows, exact);
@@ -86,7 +103,6 @@ std::vector<SlotBlock::Taken> SlotBlock::stage(std::span<const RowTokens> rows) 
 // All rows or none.
 std::vector<SlotBlock::Taken> SlotBlock::claim_rows(std::span<const RowTokens> rows, bool exact) {
     require_awake();
-    const Stream stream = current_stream(model()->pool().device());
     std::vector<Taken> taken;
     taken.reserve(rows.size());
     try {
@@ -96,11 +112,9 @@ std::vector<SlotBlock::Taken> SlotBlock::claim_rows(std::span<const RowTokens> r
             if (end <= begin) continue;
             // A row that was cropped into what it shares goes on in memory of its own.
             if (begin > 0) region_->make_writable(layout_.row_offset(wanted.row) + begin - 1, 1, users());
-            AllocateOptions options;
-            options.stream = stream;
+            AllocateOptions options = options_for(end);
             options.open_ended = !exact;
-            options.held = begin;
-            options.largest_extent = layout_.largest_extent;
+            options.held = begin - forked_[wanted.row];
             options.grow_end = layout_.row_offset(wanted.row) + layout_.pitch;
             region_->claim(layout_.row_offset(wanted.row) + begin, end - begin, options);
             taken.push_back({wanted.row, {begin, end}});
@@ -110,7 +124,7 @@ std::vector<SlotBlock::Taken> SlotBlock::claim_rows(std::span<const RowTokens> r
         give_back(taken);
         throw;
     }
-    if (!taken.empty()) add_stream(stream);
+    if (!taken.empty()) add_stream(current_stream(model()->pool().device()));
     return taken;
 }
 
@@ -146,6 +160,7 @@ void SlotBlock::shrink(std::span<const RowTokens> rows) {
     if (parts.empty()) return;
     region_->release(std::move(parts), users());
     claimed_ = std::move(left);
+    for (std::uint64_t row = 0; row < layout_.rows; ++row) forked_[row] = std::min(forked_[row], claimed_[row]);
 }
 
 void SlotBlock::fork(std::uint64_t to, std::uint64_t from, std::uint64_t tokens) {
@@ -163,11 +178,9 @@ void SlotBlock::fork(std::uint64_t to, std::uint64_t from, std::uint64_t tokens)
                               " that it has memory for");
     }
     if (tokens == 0) return;
-    AllocateOptions options;
-    options.stream = current_stream(model()->pool().device());
-    options.largest_extent = layout_.largest_extent;
+    const AllocateOptions options = options_for(size);
     region_->alias(layout_.row_offset(to), *region_, layout_.row_offset(from), size, tokens * layout_.token, options);
-    claimed_[to] = size;
+    claimed_[to] = forked_[to] = size;
     add_stream(options.stream);
 }
 
@@ -214,6 +227,11 @@ void SlotBlock::prefetch(std::span<const RowTokens> rows) {
 Bytes SlotBlock::claimed(std::uint64_t row) const {
     const std::lock_guard lock(mutex_);
     return claimed_[row];
+}
+
+Bytes SlotBlock::forked(std::uint64_t row) const {
+    const std::lock_guard lock(mutex_);
+    return forked_[row];
 }
 
 Bytes SlotBlock::claimed() const {

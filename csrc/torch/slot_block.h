@@ -21,7 +21,7 @@ struct SlotLayout {
     std::uint64_t max_tokens = 0;  // of a row
     Bytes token = 0;               // bytes of one token
     Bytes pitch = 0;               // bytes from row to row: whole tokens and whole pages
-    Bytes largest_extent = 0;      // of memory, whole pages; 0: any
+    Bytes largest_extent = 0;      // of memory, whole pages; 0: any, and rows are not laid out to be forked
 
     Bytes row_offset(std::uint64_t row) const { return row * pitch; }
     Bytes size() const { return rows * pitch; }
@@ -52,8 +52,8 @@ class SlotBlock {
     const SlotLayout& layout() const { return layout_; }
 
     // Memory for so many tokens in each of the rows, or in none; rows that have it already stay as they are. It comes
-    // in whole pages, and unless `exact`, extents may reach further by a share of what the row holds. Errors are
-    // VirtualMemoryPool::allocate's.
+    // in whole pages, and unless `exact`, extents may reach further by a share of what the row holds of its own. Errors
+    // are VirtualMemoryPool::allocate's.
     void grow(std::span<const RowTokens> rows, bool exact);
     // As grow, exactly; what it took can be given back whole, by drop_staged. Until then grow and shrink may go on.
     struct Taken {
@@ -84,6 +84,8 @@ class SlotBlock {
     // Bytes that the row holds, whole pages.
     Bytes claimed(std::uint64_t row) const;
     Bytes claimed() const;  // all rows
+    // What of it the row got by a fork: others pay for it, too.
+    Bytes forked(std::uint64_t row) const;
     // The memory is used on this stream too: it retires until work on it is done.
     void record_stream(Stream stream);
 
@@ -95,6 +97,7 @@ class SlotBlock {
     void add_stream(Stream stream);
     std::vector<ByteRange> parts_of(std::span<const std::uint64_t> rows) const;
     Bytes pages_for(std::uint64_t tokens) const;
+    AllocateOptions options_for(Bytes end) const;
     std::vector<Taken> claim_rows(std::span<const RowTokens> rows, bool exact);
     void give_back(std::span<const Taken> taken);
 
@@ -103,6 +106,7 @@ class SlotBlock {
     const Bytes page_;
     mutable std::mutex mutex_;
     std::vector<Bytes> claimed_;  // by row
+    std::vector<Bytes> forked_;   // by row, of what is claimed
     std::vector<Stream> recorded_;
 };
 

@@ -118,6 +118,11 @@ std::int64_t SlotTensor::resident(std::int64_t row) const {
     return std::min(static_cast<std::int64_t>(tokens), max_tokens());
 }
 
+std::int64_t SlotTensor::forked(std::int64_t row) const {
+    checked({row}, {0}, "forked");
+    return static_cast<std::int64_t>(made_.block->forked(static_cast<std::uint64_t>(row)) / layout().token);
+}
+
 std::vector<RowTokens> SlotTensor::checked(const std::vector<std::int64_t>& rows,
                                            const std::vector<std::int64_t>& tokens, const char* doing) const {
     if (rows.size() != tokens.size()) {

@@ -57,6 +57,8 @@ class SlotTensor {
     Bytes unspill(const std::vector<std::int64_t>& rows);
     // Tokens that the row has memory for.
     std::int64_t resident(std::int64_t row) const;
+    // Tokens of these that it got by a fork.
+    std::int64_t forked(std::int64_t row) const;
     // Tensors on the memory besides the windows.
     std::size_t views() const;
 

@@ -29,6 +29,7 @@ class SlotTensor:
     def spill(self, rows: Sequence[int]) -> int: ...
     def unspill(self, rows: Sequence[int]) -> int: ...
     def resident(self, row: int) -> int: ...
+    def forked(self, row: int) -> int: ...
     def record_stream(self, stream: torch.cuda.Stream | int) -> None: ...
     @property
     def rows(self) -> int: ...
@@ -50,9 +51,22 @@ def store_rows(
     value_window: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    rows: int,
     pitch: int,
     before: int,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+def attend_even(
+    key_window: torch.Tensor,
+    value_window: torch.Tensor,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: int,
+    pitch: int,
+    before: int,
+    window: int | None,
+    scale: float | None,
+) -> torch.Tensor: ...
 
 class StagedSlots:
     def __init__(self, slots: SlotTensor, rows: Sequence[int], tokens: Sequence[int]) -> None: ...

@@ -201,6 +201,32 @@ TEST_CASE("a request may be kept to extents of a size, which then go back one by
     at.finish();
 }
 
+TEST_CASE("towards the end of a request extents may be halves of what is left", "[pool][growth]") {
+    PoolFixture at;
+    AllocateOptions options;
+    options.largest_extent = 8 * at.page;
+    options.smallest_extent = 2 * at.page;
+    const auto sizes = [&](Bytes begin, Bytes pages) {
+        at.pool->allocate(begin, pages * at.page, options);
+        std::vector<Bytes> found;
+        for (const ByteRange& each : at.pool->extents_within(begin, pages * at.page)) {
+            found.push_back(each.size() / at.page);
+        }
+        at.require_sound();
+        return found;
+    };
+    CHECK(sizes(0, 32) == std::vector<Bytes>{8, 8, 8, 4, 2, 2});
+    CHECK(sizes(34 * at.page, 13) == std::vector<Bytes>{7, 3, 2, 1});
+    CHECK(sizes(48 * at.page, 1) == std::vector<Bytes>{1});
+    options.open_ended = true;
+    options.held = 32 * at.page;
+    options.grow_end = at.pool->capacity();
+    at.pool->allocate(50 * at.page, 10 * at.page, options);  // 5, 3, and 2 with 4 ahead
+    CHECK(at.pool->stats().extents == 6 + 4 + 1 + 3);
+    CHECK(at.pool->physical_memory_usage() == (32 + 13 + 1 + 14) * at.page);
+    at.finish();
+}
+
 TEST_CASE("open-ended growth in extents of a size maps ahead within the last of them", "[pool][growth]") {
     PoolFixture at({.options = {.growth_share = 1.0}});
     AllocateOptions options = open_ended(0, 64 * at.page);

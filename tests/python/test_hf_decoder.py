@@ -59,6 +59,26 @@ def test_generates_what_transformers_does(network, device, model, chunk):
     assert cache.get_seq_length() == ours.shape[1] - 1
 
 
+def test_memory_for_a_prompt_is_claimed_at_once_though_it_comes_in_chunks():
+    network, page = make_network("gqa", "cpu"), 4096
+    tokens = torch.full((2, 60), 5)
+    pages = -(-60 * kv_geometry(network.config).token_bytes(network.dtype) // page)
+    extents = []
+    for chunk in (4, 60):
+        with elastikv.SharedMemoryPool(1024 * page, "cpu", page_size=page, park_limit=0) as pool:
+            handle = pool.register_model("model", virtual_capacity=1 << 42)
+            cache = ElasticCache(network.config, model=handle, max_batch=2, max_tokens=64)
+            generate(network, tokens, cache, max_new_tokens=1, chunk=chunk)
+            extents.append(handle.stats().extents)
+            cache.reset()
+            ballast = elastikv.empty((1024 - 2 * pages + 1, page), (1024, page), torch.uint8, handle)
+            with pytest.raises(elastikv.OutOfPhysicalMemory):
+                generate(network, tokens, cache, max_new_tokens=1, chunk=chunk)
+            assert cache.slots.lengths == [0, 0] and handle.stats().used == ballast.numel()
+            cache.close()
+    assert extents[0] == extents[1] < 2 * pages
+
+
 def test_rows_end_at_their_stops(llama, device, model):
     tokens, mask = prompts(device)
     cache = ElasticCache(llama.config, model=model, max_batch=3, max_tokens=80)

@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig  # noqa: E402
 
+from elastikv import _core  # noqa: E402
 from elastikv.hf import Decoder, ElasticCache, Slots, flash, generate  # noqa: E402
 from elastikv.hf.generation import prefill  # noqa: E402
 from elastikv.hf.geometry import KVGeometry, LayerShape, kv_geometry  # noqa: E402
@@ -32,14 +33,6 @@ def flash_by_definition(
     window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None,
 ):  # fmt: skip
     """What aten::_flash_attention_forward computes, with its checks."""
-    if cum_seq_q is None:
-        assert cum_seq_k is None and seqused_k is None and query.ndim == 4 and not is_causal and query.shape[1] == 1
-        assert key.stride(-1) == value.stride(-1) == 1 and max_k == key.shape[1]
-        groups = query.shape[2] // key.shape[2]
-        q, k, v = (side.transpose(1, 2) for side in (query, key, value))
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
-        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2), None, None, None, None
     rows = len(cum_seq_q) - 1
     assert dropout_p == 0 and not return_debug_mask and alibi_slopes is None
     for starts in (cum_seq_q, cum_seq_k):
@@ -242,7 +235,16 @@ def test_even_steps_refuse_what_is_wrong(device, model):
     for shape in ((3, 1, 1, 8), (2, 1, 1, 9), (2, 1, 6 + slots.pitch, 8), (2, 9, 1, 8)):
         wrong = states(*shape[:3], shape[3], device, torch.float32, 1)
         with pytest.raises(elastikv.InvalidArgument, match="do not fit behind 3 tokens"):
-            step.attend(0, query, wrong, wrong, None, None)
+            step.compute(0, query, wrong, wrong, None, None)
+    good, other = (states(2, 1, 1, 8, device, torch.float32, 1) for _ in range(2))
+    for wrong in (other.double(), other.to("meta")):
+        for pair in ((good, wrong), (wrong, good)):
+            with pytest.raises(elastikv.InvalidArgument, match="do not fit behind 3 tokens"):
+                step.compute(0, query, *pair, None, None)
+            with pytest.raises(elastikv.InvalidArgument, match=r"brought|holds"):
+                step.attend(0, query, *pair, None, None)
+    with pytest.raises(elastikv.InvalidArgument, match="inference_mode"):
+        step.compute(0, query, good, other.requires_grad_(), None, None)
     assert slots.lengths == [3, 0]
 
 
@@ -256,9 +258,10 @@ def test_the_op_takes_what_we_give():
         scaling=0.125, window=None,
     )  # fmt: skip
     assert output.shape == (3, 4, 64)
-    even = torch.empty(3, 77, 2, 64, device="meta")
-    output = flash.attend_even(query.view(3, 1, 4, 64), even, even, scaling=0.125)
-    assert output.shape == (3, 1, 4, 64)
+    window, new = torch.empty(400, 2, 64, device="meta"), torch.empty(3, 2, 1, 64, device="meta")
+    for seen in (None, 30, 100):
+        output = _core.attend_even(window, window, query.view(3, 4, 1, 64), new, new, 3, 100, 76, seen, 0.125)
+        assert output.shape == (3, 1, 4, 64)
 
 
 def test_why_not():

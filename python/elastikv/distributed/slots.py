@@ -95,6 +95,9 @@ class RankedSlots:
         held = self._before.get(row)
         return self.slots.resident(row) if held is None else held
 
+    def forked(self, row: int) -> int:
+        return 0  # none do
+
     @property
     def settled(self) -> bool:
         """Whether nothing is being asked."""

@@ -6,9 +6,7 @@ happens with the first import of anything from elastikv.hf: nobody else pays for
 
 from __future__ import annotations
 
-import logging
 import threading
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,28 +14,21 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from elastikv.errors import InvalidArgument
-from elastikv.hf import custom_op, flash, views
+from elastikv.hf import custom_op, views
 from elastikv.hf.step import step_of
 from elastikv.hf.views import Extras
 
 if TYPE_CHECKING:
     from elastikv.hf.cache import ElasticLayer
-    from elastikv.hf.step import Step
 
 NAME = "elastikv"
-logger = logging.getLogger("elastikv.hf")
+NO_EXTRAS = Extras()
 
 
 def register() -> None:
     """Makes the functions known to transformers, as importing anything from elastikv.hf does. May be called again."""
     AttentionInterface.register(NAME, elastikv_attention)
     AttentionMaskInterface.register(NAME, elastikv_mask)
-
-
-@cache
-def note_fallback(reason: str) -> None:
-    """Says once why attention runs over views instead of in the flash op."""
-    logger.warning("attention 'elastikv' runs over views of exact length: %s", reason)
 
 
 # ---- from the cache to the attention function
@@ -130,43 +121,27 @@ def elastikv_attention(
     """
     if dropout:
         raise InvalidArgument("attention 'elastikv' is for inference: call model.eval()")
-    extras = Extras(softcap, position_bias, s_aux)
+    plain = softcap is None and position_bias is None and s_aux is None
+    extras = NO_EXTRAS if plain else Extras(softcap, position_bias, s_aux)
     if elastikv is not None:
         layer: int = module.layer_idx  # type: ignore[assignment]
         if not extras and torch.compiler.is_compiling():
             return custom_op.attend(query, key, value, elastikv, layer, scaling, sliding_window), None
-        return _attend(step_of(elastikv), layer, query, key, value, scaling, sliding_window, extras), None
+        output = step_of(elastikv).attend(layer, query, key, value, scaling, sliding_window, extras or None)
+        return output, None
     taken = _take(key)
     if taken is not None:
         if attention_mask is not None and attention_mask.ndim == 4:
-            note_fallback("the model brings a mask of its own")
+            views.note_fallback("the model brings a mask of its own")
             keys, values = taken.write_and_view(key, value)
             mask, extras = _as_boolean(attention_mask, query, extras)
             return _views(module, query, keys, values, mask, scaling, sliding_window, is_causal, extras), None
-        step = taken.step(key, value, attention_mask)
-        output = _attend(step, taken.index, query, key, value, scaling, sliding_window, extras)
-        taken.wrote()
-        return output, None
+        return taken.batch.attend(
+            taken.index, query, key, value, attention_mask, scaling, sliding_window, None if plain else extras
+        ), None
     mask, extras = _as_boolean(_four_dimensional(module, query, key, attention_mask, sliding_window, is_causal),
                                query, extras)  # fmt: skip
     return _views(module, query, key, value, mask, scaling, sliding_window, is_causal, extras), None
-
-
-def _attend(
-    step: Step,
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-    extras: Extras,
-) -> torch.Tensor:
-    if query.device.type == "cuda":
-        reason = extras.names() or flash.why_not(query.device, query.dtype, key.shape[-1], value.shape[-1])
-        if reason:
-            note_fallback(reason)
-    return step.attend(layer, query, key, value, scaling, window, extras or None)
 
 
 def _views(

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 import elastikv
+from elastikv import _core
 from elastikv.errors import InvalidArgument
-from elastikv.hf.geometry import LayerShape
+from elastikv.hf.geometry import LayerShape, require_fit
+from elastikv.hf.rearranging import Lineage, rearrange_each, rearrange_even
 from elastikv.hf.slots import Slots
 from elastikv.hf.step import DecodeStep, EvenStep, RaggedStep
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from elastikv.distributed import Ranks
     from elastikv.hf.geometry import KVGeometry
     from elastikv.hf.step import Step
+    from elastikv.hf.views import Extras
 
 
 class Batch:
@@ -25,7 +28,7 @@ class Batch:
     written. So a step that dies half-way, for want of memory or by an error of the model, leaves the length and all
     tokens before it as they were.
 
-    Two ways of writing. `write` takes every token, padding too, as transformers' masks count them. `step` is for the
+    Two ways of writing. `write` takes every token, padding too, as transformers' masks count them. `attend` is for the
     attention function 'elastikv': padding is not stored, so rows are as long as what they hold (``padding`` says how
     many of the tokens seen were none); from then on, only that function can go on with these rows.
 
@@ -45,6 +48,7 @@ class Batch:
         ranks: Ranks | None = None,
     ) -> None:
         self.geometry = geometry
+        self._last_layer = geometry.layers - 1
         self.length = 0  # tokens that every layer has seen
         self.size = 0  # rows, 0 before the first write
         self.padding: list[int] = []
@@ -56,6 +60,7 @@ class Batch:
         self._rows = 0  # rows of the running step, or of the last one
         self._first: list[tuple[torch.Tensor, torch.Tensor]] = []  # states of a first step that tells the shapes
         self._step: Step | None = None
+        self._lineage = Lineage()
         self._decode: tuple[int, DecodeStep] | None = None  # with the slots' generation
         self._closed = False
 
@@ -82,26 +87,29 @@ class Batch:
 
     # ---- a step that stores every token
 
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> int:
-        """Writes one layer's new tokens, ``[batch, head, token, dim]`` each, behind the old; returns the new length."""
-        self._check(layer, keys, values)
-        end = self.length + keys.shape[2]
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes one layer's new tokens, ``[batch, head, token, dim]`` each, behind the old; returns views of all."""
+        tells_shapes = self.size == 0 and self.geometry.shapes is None
+        if layer == 0 or tells_shapes or not self._goes_on(layer, keys):
+            self._check(layer, keys, values)
         if layer == 0:
             self._require_even_rows()
-            if self.size == 0 and self.geometry.shapes is None:
+            if tells_shapes:
                 self._first = []
             else:
                 self._prepare(keys)
                 self._slots.reserve(range(len(keys)), [keys.shape[2]] * len(keys))
             self._step_tokens, self._rows = keys.shape[2], len(keys)
-        if self.size == 0 and self.geometry.shapes is None:
+        end = self.length + keys.shape[2]
+        if tells_shapes:
             self._first.append((keys, values))
-            if layer == self.geometry.layers - 1:
+            if layer == self._last_layer:
                 self._lay_out_first()
+                keys, values = self.view(layer, 0, end)
         else:
-            self._put(layer, len(keys), self.length, keys, values)
-        self._wrote(layer, len(keys), end)
-        return end
+            keys, values = self._put(layer, keys, values, self.length)
+        self._wrote(layer, self._rows, end)
+        return keys, values
 
     def view(self, layer: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of tokens [start, end) as views ``[batch, head, token, dim]`` of the slots; no copy."""
@@ -111,10 +119,18 @@ class Batch:
             return keys[:, :, start:end], values[:, :, start:end]
         return self._slots.batch_view(layer, 0, self._rows, start, end)
 
-    def _put(self, layer: int, rows: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        room = self._slots.batch_view(layer, 0, rows, start, start + keys.shape[2])
-        room[0].copy_(keys)
-        room[1].copy_(values)
+    def _put(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, before: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Checks what it stores, but for the order."""
+        slots = self._slots
+        try:
+            return _core.store_rows(
+                slots.keys[layer], slots.values[layer], keys, values, self._rows, slots.pitch, before
+            )
+        except InvalidArgument:
+            self._check(layer, keys, values)  # says it in the words of a cache
+            raise
 
     def _lay_out_first(self) -> None:
         states, self._first = self._first, []
@@ -123,7 +139,7 @@ class Batch:
             self._slots.allocate([LayerShape.of(*pair) for pair in states], keys.dtype)
             self._slots.reserve(range(len(keys)), [keys.shape[2]] * len(keys))
             for layer, pair in enumerate(states):
-                self._put(layer, len(keys), 0, *pair)
+                self._put(layer, *pair, 0)
         except BaseException:
             self._slots.drop()
             self._next_layer = 0
@@ -131,27 +147,37 @@ class Batch:
 
     # ---- a step of the attention function 'elastikv'
 
-    def step(self, layer: int, keys: torch.Tensor, values: torch.Tensor, padding: torch.Tensor | None) -> Step:
-        """The step that the states belong to. padding: ``[batch, tokens]``, false where a token is none."""
-        self._check(layer, keys, values)
-        if layer == 0:
-            self._step = self._begin(keys, padding)
-            self._step_tokens, self._rows = keys.shape[2], len(keys)
-        assert self._step is not None
-        return self._step
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        padding: torch.Tensor | None,
+        scaling: float | None,
+        window: int | None,
+        extras: Extras | None,
+    ) -> torch.Tensor:
+        """Stores one layer's new tokens but for the padding, and attends, as Step has it.
 
-    def wrote(self, layer: int) -> None:
-        """The layer's states are in the slots."""
+        padding: ``[batch, tokens]``, false where a token is none; read with layer 0.
+        """
         step = self._step
-        if layer == self.geometry.layers - 1:
+        if layer == 0 or type(step) is not EvenStep or not self._goes_on(layer, keys):
+            self._check(layer, keys, values)
+        if layer == 0:
+            self._step = step = self._begin(keys, padding)
+            self._step_tokens, self._rows = keys.shape[2], len(keys)
+        assert step is not None
+        output = step.compute(layer, query, keys, values, scaling, window, extras)
+        if layer == self._last_layer:
+            step.commit()
             if isinstance(step, RaggedStep):
-                step.commit()
                 lost = [step.width - count for count in step.counts]
                 self.padding = [before + more for before, more in zip(self.padding or [0] * len(lost), lost)]
-            elif step is not None:
-                step.commit()
             self._step = None
         self._wrote(layer, self._rows, self.length + self._step_tokens, committed=True)
+        return output
 
     def _begin(self, keys: torch.Tensor, padding: torch.Tensor | None) -> Step:
         self._prepare(keys)
@@ -187,6 +213,7 @@ class Batch:
             return
         self._abandon_step()
         self.length = length
+        self._lineage.cropped(length)
         self.padding = [min(lost, length) for lost in self.padding]
         rows = range(self.size)
         self._slots.crop(rows, [length - (self.padding[row] if self.padding else 0) for row in rows])
@@ -196,6 +223,7 @@ class Batch:
         self._abandon_step()
         self.length = self.size = 0
         self.padding = []
+        self._lineage.cropped(0)
         self._slots.reset()
 
     def close(self) -> None:
@@ -205,7 +233,7 @@ class Batch:
         self._closed = True
 
     def rearrange(self, sources: torch.Tensor, *, same_size: bool = False) -> None:
-        """Row i becomes what row ``sources[i]`` was, in place. One layer is copied aside at a time."""
+        """Row i becomes what row ``sources[i]`` was, in place."""
         self.require_whole_steps()
         if self.size == 0:
             return
@@ -217,33 +245,15 @@ class Batch:
         if count == 0:
             self.reset()
             return
-        if self.ragged or count != self.size:
-            self._rearrange_each(sources.tolist())
+        origins = sources.tolist()
+        if not self.ragged and count == self.size:
+            rearrange_even(self._slots, origins, self.length, self._lineage)
             return
-        sources = sources.to(self._slots.device)
-        for layer in range(self.geometry.layers):
-            for used in self._slots.batch_view(layer, 0, self.size, 0, self.length):
-                used.copy_(used.index_select(0, sources))
-
-    def _rearrange_each(self, sources: list[int]) -> None:
-        slots, count, before = self._slots, len(sources), self.size
-        lengths = [slots.lengths[source] for source in sources]
-        tensor = slots.tensor
-        assert tensor is not None
-        tensor.grow(list(range(count)), lengths)  # all or none, before anything changes
-        for layer in range(self.geometry.layers):
-            aside = [[part.clone() for part in slots.view(layer, row, 0, slots.lengths[row])] for row in set(sources)]
-            kept = dict(zip(set(sources), aside))
-            for row, source in enumerate(sources):
-                if row != source:
-                    for target, part in zip(slots.view(layer, row, 0, lengths[row]), kept[source]):
-                        target.copy_(part)
+        rearrange_each(self._slots, origins, self.size)
+        self._lineage.rearranged(origins, self._slots.lengths[:count])
         if self.padding:
-            self.padding = [self.padding[source] for source in sources]
+            self.padding = [self.padding[source] for source in origins]
         self.size = self._rows = count
-        rows = max(count, before)
-        slots.set_lengths(range(rows), lengths + [0] * (rows - count))
-        slots.crop(range(rows), list(slots.lengths[:rows]))
 
     def copy(self) -> Batch:
         """A batch of its own with the same tokens, charged to the same model."""
@@ -308,8 +318,9 @@ class Batch:
             self._slots.allocate(self.geometry.shapes, keys.dtype)
 
     def _wrote(self, layer: int, rows: int, end: int, *, committed: bool = False) -> None:
-        self._next_layer = (layer + 1) % self.geometry.layers
-        if self._next_layer == 0:
+        self._next_layer = layer + 1
+        if layer == self._last_layer:
+            self._next_layer = 0
             self.length, self.size = end, rows
             if not committed:
                 self._slots.set_lengths(range(rows), [end] * rows)
@@ -326,24 +337,19 @@ class Batch:
                 "them: set_attn_implementation('elastikv'), or reset() the cache"
             )
 
+    def _goes_on(self, layer: int, keys: torch.Tensor) -> bool:
+        """Whether these are the running step's next states, as far as order and number go."""
+        return layer == self._next_layer and keys.ndim == 4 and keys.shape[2] == self._step_tokens
+
     def _check(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Refuses what does not fit, before anything has changed."""
-        slots, shapes = self._slots, self._slots.shapes if self.size else self.geometry.shapes
         if self._closed:
             raise InvalidArgument("this ElasticCache was closed")
-        if shapes is not None and (keys.ndim != 4 or values.ndim != 4 or LayerShape.of(keys, values) != shapes[layer]):
-            shape = shapes[layer]
-            raise InvalidArgument(
-                f"the cache was made for keys and values [batch, {shape.key_heads}, tokens, {shape.key_dim}]; "
-                f"layer {layer} brought keys {list(keys.shape)} and values {list(values.shape)}"
-            )
-        if keys.device != slots.device or values.device != slots.device:
-            raise InvalidArgument(f"the cache's pool is on {slots.device}, but layer {layer} brought {keys.device}")
-        dtype = slots.dtype if self.size else self._dtype
-        if values.dtype != keys.dtype or keys.dtype != (dtype or keys.dtype):
-            raise InvalidArgument(f"the cache holds {dtype}, but layer {layer} brought {keys.dtype}, {values.dtype}")
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            raise InvalidArgument("ElasticCache is written in place: run the model under torch.inference_mode()")
+        slots, holds = self._slots, self.size > 0
+        require_fit(
+            layer, keys, values, shapes=slots.shapes if holds else self.geometry.shapes,
+            dtype=slots.dtype if holds else self._dtype, device=slots.device,
+        )  # fmt: skip
         if layer == 0:
             self.require_whole_steps()
         elif layer != self._next_layer:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from elastikv.hf.decoder import Decoder
     from elastikv.hf.sampling import Sampling
     from elastikv.hf.slots import Slots
-    from elastikv.hf.step import Step
 
 
 class ElasticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -34,24 +33,24 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, cache: ElasticCache, index: int, window: int | None) -> None:
         # The base class would store keys, values and is_initialized as attributes: here they follow from the batch.
         self._cache = weakref.ref(cache)
-        self._batch = cache._batch
+        self.batch = cache._batch
         self.index = index
         self.sliding_window = window
         self.is_sliding = window is not None
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        return self._batch.size > 0
+        return self.batch.size > 0
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         """All cached keys, ``[batch, head, token, dim]``: a view that lives as long as the memory. None if empty."""
-        return self._batch.view(self.index, 0, self._batch.length)[0] if self.is_initialized else None
+        return self.batch.view(self.index, 0, self.batch.length)[0] if self.is_initialized else None
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
         """As keys."""
-        return self._batch.view(self.index, 0, self._batch.length)[1] if self.is_initialized else None
+        return self.batch.view(self.index, 0, self.batch.length)[1] if self.is_initialized else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the first update knows all that it takes."""
@@ -64,34 +63,26 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         Under attention 'elastikv' the states come back as they are: the attention function, next in line, stores them.
         """
         cache = self._cache()
-        if cache is not None and cache._attention_writes:
-            attention.hand_over(self, key_states)
-            return key_states, value_states
-        return self.write_and_view(key_states, value_states)
+        if cache is None:
+            return self.write_and_view(key_states, value_states)
+        return cache.update(key_states, value_states, self.index)
 
     def write_and_view(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores every token, and returns views ``[batch, head, token, dim]`` of those that the new ones may see."""
         start = self._first_visible()
-        end = self._batch.write(self.index, keys, values)
-        return self._batch.view(self.index, start, end)
-
-    def step(self, keys: torch.Tensor, values: torch.Tensor, padding: torch.Tensor | None) -> Step:
-        """For the attention function: the step that is to store these states. `wrote` ends the layer's part in it."""
-        return self._batch.step(self.index, keys, values, padding)
-
-    def wrote(self) -> None:
-        self._batch.wrote(self.index)
+        keys, values = self.batch.write(self.index, keys, values)
+        return (keys, values) if start == 0 else (keys[:, :, start:], values[:, :, start:])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(number of keys that update will return, position of the first of them)."""
         start = self._first_visible()
-        return self._batch.length + query_length - start, start
+        return self.batch.length + query_length - start, start
 
     def get_seq_length(self) -> int:
-        return self._batch.length
+        return self.batch.length
 
     def get_max_length(self) -> int:
-        return self._batch.max_tokens if self.sliding_window is None else self.sliding_window
+        return self.batch.max_tokens if self.sliding_window is None else self.sliding_window
 
     def get_max_cache_shape(self) -> int:
         """The name that transformers used to have for get_max_length."""
@@ -99,13 +90,13 @@ class ElasticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _first_visible(self) -> int:
         """The oldest token that the next one may see: a window of n holds the token itself and n - 1 before it."""
-        return 0 if self.sliding_window is None else max(self._batch.length - self.sliding_window + 1, 0)
+        return 0 if self.sliding_window is None else max(self.batch.length - self.sliding_window + 1, 0)
 
     # One layer of all layers' pages can't go by itself, so what transformers calls on a layer acts on the whole batch
     # where it is idempotent, and is refused where it is not.
 
     def reset(self) -> None:
-        self._batch.reset()
+        self.batch.reset()
 
     def offload(self) -> None:
         """Nothing: layers share their pages, so memory goes and comes for the cache as a whole."""
@@ -167,14 +158,18 @@ class ElasticCache(Cache):
     def _serve(self, batch: Batch) -> None:
         self._batch = batch
         self._decoders: dict[Any, Decoder] = {}
+        self._writes = False  # whether the attention function stores the running step
         windows = enumerate(batch.geometry.windows)
         super().__init__(layers=[ElasticLayer(self, index, window) for index, window in windows])
 
-    @property
     def _attention_writes(self) -> bool:
-        """Whether the model's attention function is ours, and takes what the cache holds as it is."""
+        """Whether the model's attention function is ours, and takes what the cache holds as it is.
+
+        Asked once a step, as configs take their time to answer.
+        """
         implementation = getattr(self._config, "_attn_implementation", None)
-        return implementation == attention.NAME and self._batch.geometry.plain
+        self._writes = implementation == attention.NAME and self._batch.geometry.plain
+        return self._writes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ElasticCache:
         """A cache of its own with the same tokens, on the same model's memory: how a prefix is used again."""
@@ -237,9 +232,12 @@ class ElasticCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if layer_idx >= len(self.layers):
             raise InvalidArgument(f"the cache was made for {len(self.layers)} layers; there is no layer {layer_idx}")
-        layer = self.layers[layer_idx]
-        assert isinstance(layer, ElasticLayer)
-        return layer.update(key_states, value_states)
+        layer: Any = self.layers[layer_idx]
+        if self._writes if layer_idx else self._attention_writes():
+            attention.hand_over(layer, key_states)
+            return key_states, value_states
+        views: tuple[torch.Tensor, torch.Tensor] = layer.write_and_view(key_states, value_states)
+        return views
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Nothing: layers share their pages, so memory goes and comes for the cache as a whole."""

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from elastikv.errors import InvalidArgument
-from elastikv.hf.attention import logger
 from elastikv.hf.forward import require_attention, run_step
 from elastikv.hf.lean import Lean
 from elastikv.hf.room import RankedRoom, Room
 from elastikv.hf.sampling import Sampler, Sampling
 from elastikv.hf.step import DecodeStep
+from elastikv.hf.views import logger
 
 if TYPE_CHECKING:
     from elastikv.hf.slots import Slots

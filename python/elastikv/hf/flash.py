@@ -82,15 +82,3 @@ def attend(
         seqused_k=lengths,
     )[0]
     return output[:, ::2] if doubled else output
-
-
-def attend_even(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float | None
-) -> torch.Tensor:
-    """Attention ``[row, 1, head, dim]`` of one query a row on views ``[row, token, KV head, dim]`` of exact length.
-
-    The same op without lengths: it plans nothing by the length, and spreads any number of heads over the GPU.
-    """
-    output: torch.Tensor = _op()(query, keys, values, None, None, 1, keys.shape[1], 0.0, False, False,
-                                         scale=scaling)[0]  # fmt: skip
-    return output

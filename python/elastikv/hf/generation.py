@@ -29,8 +29,10 @@ def prefill(
 
     real: boolean on the CPU, like tokens: false where a token is padding, which is not stored. The last of each row is
     real.
-    A chunk that fails for want of memory leaves the chunks before it stored.
+    Memory for all of it is claimed first, so in few pieces, or OutOfPhysicalMemory is raised and nothing has changed.
+    An error of the model leaves the chunks before it stored.
     """
+    slots.reserve(rows, real.sum(1).tolist())
     logits = torch.empty(0)
     for begin in range(0, tokens.shape[1], chunk):
         part = slice(begin, begin + chunk)
@@ -63,7 +65,7 @@ def generate(
     is padded; padding is not stored. temperature 0 is greedy. stop: tokens that end a sequence, by default the model's;
     after them comes pad. On CUDA decoding replays graphs, which the cache keeps for the next call.
 
-    Raises InvalidArgument, OutOfPhysicalMemory; the cache then holds what it held, and whole chunks of the prompts.
+    Raises InvalidArgument, OutOfPhysicalMemory; the cache then holds what it held, and what was stored of the prompts.
     """
     sampling = Sampling(temperature, top_k, top_p)
     require_attention(getattr(model, "_orig_mod", model))
@@ -85,6 +87,9 @@ def generate(
         try:
             original = getattr(model, "_orig_mod", model)  # prompts have any length: not worth compiling for
             logits = prefill(original, batch.slots, range(count), inputs[:, begin:], new[:, begin:], chunk=chunk)
+        except BaseException:
+            batch.slots.crop(range(count), batch.slots.lengths[:count])  # memory of chunks that did not come
+            raise
         finally:
             batch.adopt_rows(count, 0)
         decoder = cache.decoder(model, sampling=sampling, capacity=max_new_tokens)

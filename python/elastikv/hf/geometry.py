@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,36 @@ class LayerShape:
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> LayerShape:
         """That of states ``[batch, head, token, dim]``."""
         return cls(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3])
+
+
+def require_fit(
+    layer: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    shapes: Sequence[LayerShape] | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:
+    """Raises InvalidArgument for states ``[batch, head, token, dim]`` that a cache of such layers can't hold.
+
+    shapes and dtype: None where the first states decide.
+    """
+    if shapes is not None:
+        if layer >= len(shapes):
+            raise InvalidArgument(f"the cache was made for {len(shapes)} layers; there is no layer {layer}")
+        shape = shapes[layer]
+        if keys.ndim != 4 or values.ndim != 4 or LayerShape.of(keys, values) != shape:
+            raise InvalidArgument(
+                f"the cache was made for keys and values [batch, {shape.key_heads}, tokens, {shape.key_dim}]; "
+                f"layer {layer} brought keys {list(keys.shape)} and values {list(values.shape)}"
+            )
+    if keys.device != device or values.device != device:
+        raise InvalidArgument(f"the cache's pool is on {device}, but layer {layer} brought {keys.device}")
+    if values.dtype != keys.dtype or keys.dtype != (dtype or keys.dtype):
+        raise InvalidArgument(f"the cache holds {dtype}, but layer {layer} brought {keys.dtype}, {values.dtype}")
+    if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+        raise InvalidArgument("ElasticCache is written in place: run the model under torch.inference_mode()")
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,17 @@ class Room:
             if self._ahead[index] < tokens + SLACK and tokens <= self._bounds[index]
         ]
         for index in late:
-            used = self.used[index]
-            self._ahead[index] = min(max(held[index] + 2 * SLACK, used + SLACK + used // 8), tensor.max_tokens)
+            wanted = max(held[index] + 2 * SLACK, self.used[index] + SLACK + self._share(index))
+            self._ahead[index] = min(wanted, tensor.max_tokens)
         late = [index for index in late if self._ahead[index] > held[index]]
         if late:
             tensor.prefetch([self._rows[index] for index in late], [self._ahead[index] for index in late])
+
+    def _share(self, index: int) -> int:
+        """Tokens that are worth an extent: an eighth of the row, as far as it is its own. Forks share extents whole."""
+        share = (self.used[index] - self._tensor.forked(self._rows[index])) // 8
+        largest = self._slots.largest_extent // self._tensor.token_bytes
+        return min(share, largest) if largest else share
 
     def _claim(self) -> None:
         for slack in (SLACK, 1):

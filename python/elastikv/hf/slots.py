@@ -12,6 +12,10 @@ import torch
 import elastikv
 from elastikv.distributed.slots import RankedSlots
 from elastikv.errors import InvalidArgument
+from elastikv.hf import flash
+
+#: Bytes of memory that come in one piece at most, so that rows can be forked: a fork shares whole pieces.
+LARGEST_EXTENT = 128 << 20
 
 if TYPE_CHECKING:
     from elastikv.distributed import Ranks
@@ -38,8 +42,8 @@ class Slots:
     have ended. And there is one row more, `idle_row`, for places in a step that no sequence takes; it stays empty.
 
     ranks: of a parallel group, which all make the same calls on slots like these: their rows have the same memory.
-    largest_extent: bytes of memory that come in one piece at most, 0 for any; rows that are to be forked share whole
-    pieces only.
+    largest_extent: bytes of memory that come in one piece at most, as rows that are forked share whole pieces; 0: any,
+    for rows that never are.
 
     Memory errors leave everything as it was. Not thread-safe.
     """
@@ -53,7 +57,7 @@ class Slots:
         max_tokens: int,
         dtype: torch.dtype | None = None,
         ranks: Ranks | None = None,
-        largest_extent: int = 0,
+        largest_extent: int = LARGEST_EXTENT,
     ) -> None:
         if rows < 1 or max_tokens < 1:
             raise InvalidArgument(f"slots need at least one row and one token, not {rows} and {max_tokens}")
@@ -70,8 +74,10 @@ class Slots:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.lengths = [0] * rows
+        self.over_views: list[str] = []  # by layer, why the flash op does not serve it; empty if it does
         self.generation = 0  # changes when the addresses do
         self._stale: set[int] = set()  # rows whose length the device does not know yet
+        self._cropped: set[int] = set()  # rows that may go on below a fork
         self._free = list(range(rows))
         if dtype is not None and geometry.shapes is not None:
             self.allocate(geometry.shapes, dtype)
@@ -100,9 +106,16 @@ class Slots:
         self.tensor = tensor if self.ranks is None else RankedSlots(tensor, self.ranks)
         self.keys, self.values = keys, values
         self.shapes, self.dtype = tuple(shapes), dtype
+        self.over_views = [self._why_not_flash(shape, dtype) for shape in shapes]
         self.lengths = [0] * self.rows
         self._stale.clear()
+        self._cropped.clear()
         self.generation += 1
+
+    def _why_not_flash(self, shape: LayerShape, dtype: torch.dtype) -> str:
+        if self.rows * self.pitch > flash.MOST_TOKENS:
+            return f"{self.rows} rows of {self.pitch} tokens are more than it can number"
+        return flash.why_not(self.device, dtype, shape.key_dim, shape.value_dim)
 
     @property
     def pitch(self) -> int:
@@ -168,6 +181,22 @@ class Slots:
                 f"{self.lengths[row]} + {more} tokens do not fit a cache of max_tokens={self.max_tokens}"
             )
         self._memory.grow(list(rows), wanted)
+        if self._cropped:
+            for row in self._cropped.intersection(rows):
+                self._memory.make_writable(row, self.lengths[row], self._memory.max_tokens)
+            self._cropped.difference_update(rows)
+
+    def grow(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Memory for tokens[i] tokens in all in rows[i]; all rows or none. Raises OutOfPhysicalMemory."""
+        self._memory.grow(list(rows), list(tokens))
+
+    def make_writable(self, row: int, begin: int, end: int) -> None:
+        """The row's own copy of what it shares between these tokens. Raises OutOfPhysicalMemory."""
+        self._memory.make_writable(row, begin, end)
+
+    def resident(self, row: int) -> int:
+        """Tokens that the row has memory for."""
+        return self._memory.resident(row)
 
     def prefetch(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Maps memory for tokens[i] more tokens in rows[i] in the background; a hint, cut off at max_tokens."""
@@ -208,6 +237,7 @@ class Slots:
         if self.tensor is None:
             return
         kept = [min(self.lengths[row], length) for row, length in zip(rows, lengths)]
+        self._cropped.update(row for row, length in zip(rows, kept) if length < self.lengths[row])
         self.set_lengths(rows, kept)
         with contextlib.suppress(InvalidArgument):
             self.tensor.shrink(list(rows), kept)

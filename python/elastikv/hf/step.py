@@ -12,6 +12,7 @@ import torch
 from elastikv import _core
 from elastikv.errors import InvalidArgument
 from elastikv.hf import flash, views
+from elastikv.hf.geometry import require_fit
 from elastikv.hf.slots import upload
 
 if TYPE_CHECKING:
@@ -56,8 +57,23 @@ class Step:
     ) -> torch.Tensor:
         """Writes the layer's new keys and values, ``[row, head, query, dim]`` like the query, then attends.
 
-        Returns ``[row, query, head, value dim]``; padding gets zeros.
+        Returns ``[row, query, head, value dim]``; padding gets zeros. Raises InvalidArgument for what does not fit.
         """
+        slots = self.slots
+        require_fit(layer, key, value, shapes=slots.shapes, dtype=slots.dtype, device=slots.device)
+        return self.compute(layer, query, key, value, scaling, window, extras)
+
+    def compute(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+        extras: Extras | None = None,
+    ) -> torch.Tensor:
+        """`attend` for states that are known to be of the slots' shapes and dtype, on their device."""
         raise NotImplementedError
 
     def commit(self) -> None:
@@ -65,30 +81,11 @@ class Step:
         raise NotImplementedError
 
     def _takes_flash(self, layer: int, extras: Extras | None) -> bool:
-        shape, slots = self.slots.shapes[layer], self.slots
-        assert slots.dtype is not None
-        if extras or slots.rows * slots.pitch > flash.MOST_TOKENS:
-            return False
-        return not flash.why_not(slots.device, slots.dtype, shape.key_dim, shape.value_dim)
-
-    def _check(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Refuses states that do not fit the slots."""
-        slots = self.slots
-        if layer >= len(slots.shapes):
-            raise InvalidArgument(f"the cache was made for {len(slots.shapes)} layers; there is no layer {layer}")
-        shape = slots.shapes[layer]
-        found = (key.shape[1], key.shape[3], value.shape[1], value.shape[3])
-        if found != (shape.key_heads, shape.key_dim, shape.value_heads, shape.value_dim):
-            raise InvalidArgument(
-                f"the cache was made for keys and values [batch, {shape.key_heads}, tokens, {shape.key_dim}]; "
-                f"layer {layer} brought keys {list(key.shape)} and values {list(value.shape)}"
-            )
-        if key.dtype != slots.dtype or value.dtype != slots.dtype or key.device != slots.device:
-            raise InvalidArgument(
-                f"the cache holds {slots.dtype} on {slots.device}, layer {layer} brought {key.dtype} on {key.device}"
-            )
-        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
-            raise InvalidArgument("ElasticCache is written in place: run the model under torch.inference_mode()")
+        """Whether the op serves this layer; if not on a GPU, says so once."""
+        reason = extras.names() if extras else self.slots.over_views[layer]
+        if reason and self.slots.device.type == "cuda":
+            views.note_fallback(reason)
+        return not reason
 
     def _store(self, layer: int, places: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Tokens ``[token, head, dim]`` to these places of the layer's windows."""
@@ -178,7 +175,7 @@ class RaggedStep(Step):
         """Position ids ``[row, width]`` of the batch; for padding, some position that exists."""
         return upload(self._positions.clamp(min=0), self.slots.device)
 
-    def attend(
+    def compute(
         self,
         layer: int,
         query: torch.Tensor,
@@ -188,7 +185,6 @@ class RaggedStep(Step):
         window: int | None,
         extras: Extras | None = None,
     ) -> torch.Tensor:
-        self._check(layer, key, value)
         window = self._window(layer, window)
         if key.shape[0] != len(self.rows) or key.shape[2] != self.width:
             raise InvalidArgument(
@@ -245,8 +241,8 @@ class RaggedStep(Step):
 class EvenStep(Step):
     """One new token for each of the first rows, all of which hold as many, over exact views.
 
-    The fastest step without a graph, as it makes the fewest calls. Making it reserves the memory; `commit` makes the
-    tokens count. Raises InvalidArgument, OutOfPhysicalMemory.
+    The fastest step without a graph, as it makes the fewest calls: `compute` checks what it stores, too. Making it
+    reserves the memory; `commit` makes the tokens count. Raises InvalidArgument, OutOfPhysicalMemory.
     """
 
     def __init__(self, slots: Slots, rows: int) -> None:
@@ -255,9 +251,10 @@ class EvenStep(Step):
         if slots.lengths[:rows] != [self.before] * rows:
             raise InvalidArgument(f"rows of {slots.lengths[:rows]} tokens do not hold as many each")
         slots.reserve(self.rows, [1] * rows)
-        self._pitch = slots.pitch
+        self._count, self._pitch, self._windows = rows, slots.pitch, slots.geometry.windows
+        self._on_cpu = slots.device.type == "cpu"
 
-    def attend(
+    def compute(
         self,
         layer: int,
         query: torch.Tensor,
@@ -268,17 +265,12 @@ class EvenStep(Step):
         extras: Extras | None = None,
     ) -> torch.Tensor:
         slots = self.slots
-        keys, values = _core.store_rows(
-            slots.keys[layer], slots.values[layer], key, value, self._pitch, self.before
-        )  # checks what it stores
-        window = self._window(layer, window)
-        if window is not None and window <= self.before:
-            keys, values = keys[:, -window:], values[:, -window:]
-        if not self._takes_flash(layer, extras):
-            return views.attend(
-                query, keys.transpose(1, 2), values.transpose(1, 2), scaling=scaling, window=window, extras=extras
-            )
-        return flash.attend_even(query.transpose(1, 2), keys, values, scaling=scaling)
+        windows, held = (slots.keys[layer], slots.values[layer]), (self._count, self._pitch, self.before)
+        window = window or self._windows[layer]
+        if extras is None and (self._on_cpu or self._takes_flash(layer, extras)):
+            return _core.attend_even(*windows, query, key, value, *held, window, scaling)
+        keys, values = _core.store_rows(*windows, key, value, *held)
+        return views.attend(query, keys, values, scaling=scaling, window=window, extras=extras)
 
     def commit(self) -> None:
         self.slots.set_lengths(self.rows, [self.before + 1] * len(self.rows))
@@ -324,7 +316,7 @@ class DecodeStep(Step):
         self._seen = {}
         return positions.unsqueeze(1)
 
-    def attend(
+    def compute(
         self,
         layer: int,
         query: torch.Tensor,
@@ -334,7 +326,6 @@ class DecodeStep(Step):
         window: int | None,
         extras: Extras | None = None,
     ) -> torch.Tensor:
-        self._check(layer, key, value)
         window = self._window(layer, window)
         if key.shape[0] != len(self.rows) or key.shape[2] != 1:
             raise InvalidArgument(

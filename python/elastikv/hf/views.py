@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+logger = logging.getLogger("elastikv.hf")
+
+
+@cache
+def note_fallback(reason: str) -> None:
+    """Says once why attention runs over views instead of in the flash op."""
+    logger.warning("attention 'elastikv' runs over views of exact length: %s", reason)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from elastikv.errors import InvalidArgument, OutOfPhysicalMemory, PoolClosed
 from elastikv.hf.forward import require_attention
 from elastikv.hf.geometry import kv_geometry
 from elastikv.hf.sampling import Sampling
-from elastikv.hf.slots import Slots
+from elastikv.hf.slots import LARGEST_EXTENT, Slots
 from elastikv.serving.lanes import Lanes
 from elastikv.serving.prefix import PrefixIndex
 from elastikv.serving.prompts import Prompts
@@ -27,9 +27,6 @@ from elastikv.serving.scheduler import EngineCounts, Policy, Scheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: Bytes of an extent of rows that may be forked: a prompt of max_tokens in 32 of them, within these bounds.
-LARGEST_EXTENT = 64 << 20
 
 
 class Engine:
@@ -82,12 +79,9 @@ class Engine:
         self.handle = handle
         self.clock = clock
         self.threaded = False  # whether a Runner takes the steps
-        extent = 0
-        if prefix_entries:
-            extent = min(max(geometry.token_bytes(original.dtype) * max_tokens // 32, handle.page_size), LARGEST_EXTENT)
         self.slots = Slots(
             geometry, model=handle, rows=max_batch + prefix_entries, max_tokens=max_tokens, dtype=original.dtype,
-            largest_extent=extent,
+            largest_extent=LARGEST_EXTENT if prefix_entries else 0,
         )  # fmt: skip
         self._vocabulary = vocabulary = int(original.config.get_text_config(decoder=True).vocab_size)
         self.prefixes = PrefixIndex(self.slots, entries=prefix_entries, shortest=shortest_prefix)
