@@ -288,3 +288,61 @@ def test_an_error_in_a_step_ends_the_thread_and_all_requests(llama, device, shar
             engine.submit(prompt(1, 12))
     assert "'model' ends" in caplog.text and "of the step" in caplog.text
     closed(shared, engine)
+
+
+# ---- a model that sleeps
+
+
+def test_an_engine_sleeps_and_wakes_amid_its_requests(llama, device, shared):
+    engine = make_engine(shared, llama, chunk=64)
+    requests = [engine.submit(prompt(seed, 20), max_new_tokens=12) for seed in range(3)]
+    kept = engine.submit(prompt(9, 20), max_new_tokens=2)
+    while not kept.done or len(requests[0].answer) < 4:
+        engine.advance()
+    assert engine.pause_model() > 0 and engine.handle.paused
+    engine.handle.drain()
+    assert engine.handle.stats().physical_usage == 0
+    late = engine.submit(prompt(9, 20), max_new_tokens=5)
+    before = [list(request.answer) for request in requests]
+    assert not engine.advance() and not engine.give_way() and not engine.idle
+    engine.pause(requests[0])
+    assert [request.answer for request in requests] == before and late.state is State.WAITING
+    assert engine.resume_model() > 0
+    for seed, request in enumerate(requests):
+        assert same(request.result(), expected(llama, prompt(seed, 20), 12), device)
+    assert same(late.result(), expected(llama, prompt(9, 20), 5), device)
+    assert sum(request.restarts for request in requests) == 0 and late.prefix_tokens > 0
+    closed(shared, engine)
+
+
+def test_a_thread_waits_while_its_model_sleeps(llama, device, shared):
+    engine = make_engine(shared, llama)
+    with Runner(engine) as runner:
+        first = engine.submit(prompt(1, 12), max_new_tokens=4)
+        assert first.result() == first.answer
+        engine.pause_model()
+        request = engine.submit(prompt(1, 12), max_new_tokens=4)
+        asker = threading.Thread(target=request.result)
+        asker.start()
+        asker.join(0.05)
+        assert asker.is_alive() and runner.alive and request.answer == []
+        engine.resume_model()
+        asker.join()
+        assert request.answer == first.answer
+    closed(shared, engine)
+
+
+def test_an_engine_that_is_closed_asleep_leaves_nothing(llama, device, shared):
+    engine = make_engine(shared, llama, chunk=64)
+    done = engine.submit(prompt(1, 20), max_new_tokens=4).result()
+    request = engine.submit(prompt(2, 20), max_new_tokens=12)
+    while len(request.answer) < 3:
+        engine.advance()
+    engine.pause_model()
+    assert engine.handle.stats().backup > 0 and len(done) == 4
+    closed(shared, engine)
+    assert request.finish is Finish.CANCELLED and engine.handle.stats().backup == 0
+    with pytest.raises(elastikv.PoolClosed):
+        engine.pause_model()
+    with pytest.raises(elastikv.PoolClosed):
+        engine.resume_model()

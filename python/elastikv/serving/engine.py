@@ -53,7 +53,11 @@ class Engine:
     together. chunk: prompt tokens that are taken in beside a decode step. prefix_entries: rows kept for those who share
     a prefix, 0 for none. clock: seconds; deadlines and patience are by it.
 
-    submit, cancel, close and wake may be called from any thread; one thread at a time takes the steps.
+    Where the model is paused, by `pause_model` or while no step runs, steps do nothing until it has resumed, and
+    requests wait.
+
+    submit, cancel, pause_model, resume_model, close and wake may be called from any thread; one thread at a time takes
+    the steps.
     """
 
     def __init__(
@@ -226,9 +230,12 @@ class Engine:
         return self._scheduler.active
 
     def advance(self) -> bool:
-        """One step. Whether anything moved: if not, nobody asks, or there is no memory. Raises PoolClosed."""
+        """One step. Whether anything moved: if not, nobody asks, there is no memory, or the model is paused. Raises
+        PoolClosed."""
         with self._lock:
             self._require_open()
+            if self.handle.paused:
+                return False
             self._holder = threading.get_ident()
             try:
                 self.prefixes.evict(self._wanted_by_others)
@@ -252,17 +259,44 @@ class Engine:
             for request in [*self._inbox, *self._scheduler.waiting, *self._scheduler.active]:
                 request.look_again()
 
+    def pause_model(self) -> int:
+        """`Model.pause` between two steps: what is live goes to the host. Requests stay where they are, and wait.
+
+        Returns the bytes given back. The errors are those of `Model.pause`, and PoolClosed.
+        """
+        with self._lock:
+            self._require_open()
+            if not self.handle.paused:
+                with torch.inference_mode():
+                    self._lanes.settle()
+            given = self.handle.pause()
+        self._deliver()
+        return given
+
+    def resume_model(self, *, timeout: float | None = None, cancel: elastikv.Cancellation | None = None) -> int:
+        """`Model.resume`; the next step goes on from where it was. Returns the bytes taken. Errors are its own."""
+        with self._lock:
+            self._require_open()
+            taken = self.handle.resume(timeout=timeout, cancel=cancel)
+        self.wake()
+        return taken
+
     def pause(self, request: Request) -> None:
         """One that decodes makes way with its pages kept, until the next step that has room for it."""
         with self._lock:
+            if self.handle.paused:
+                return
             if request.state is State.DECODE:
                 self._scheduler.pause(request)
             self._scheduler.release_finished()
         self._deliver()
 
     def give_way(self, request: Request | None = None) -> bool:
-        """A request, the youngest by default, gives its pages back, and waits for its turn to compute them again."""
+        """A request, the youngest by default, gives its pages back, and waits for its turn to compute them again.
+        False where there is none, or the model is paused."""
         with self._lock:
+            if self.handle.paused:
+                return False
             active = [one for one in self._scheduler.active if request in (None, one)]
             if active:
                 self._scheduler.send_back(max(active, key=lambda one: one.number))
@@ -279,6 +313,8 @@ class Engine:
             self._reclaim.remove()
             while self._inbox:
                 self._scheduler.add(self._inbox.popleft())
+            if self.handle.paused:
+                self.slots.drop()  # with its backup: nothing can be given back row by row
             self._scheduler.end_all()
             self.prefixes.clear()
             self._wanted_by_others = 0
@@ -306,7 +342,7 @@ class Engine:
             self.wake()
             return 0
         try:
-            return self.prefixes.evict(wanted)
+            return 0 if self.handle.paused else self.prefixes.evict(wanted)
         finally:
             self._lock.release()
 
