@@ -81,7 +81,7 @@ def make_engines(
 
 
 def warm(engines: Sequence[Engine], jobs: Sequence[Job], longest: int) -> None:
-    """Every batch size at every length that has a graph of its own, then some of the jobs."""
+    """Every batch size at every length that has a graph of its own, then the jobs, briefly."""
     graphed = engines[0].slots.device.type == "cuda"
     bounds = sorted({size_class(tokens) for tokens in range(1, longest + 1, 64)}) if graphed else []
     for engine in engines:
@@ -94,7 +94,7 @@ def warm(engines: Sequence[Engine], jobs: Sequence[Job], longest: int) -> None:
                     engine.submit(prompt, max_new_tokens=4)
                 run_until_idle(engine)
                 size *= 2
-        for job in jobs[:8]:
+        for job in jobs[:MAX_BATCH]:
             engine.submit(job.prompt, max_new_tokens=4)
         run_until_idle(engine)
 
