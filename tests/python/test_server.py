@@ -240,6 +240,23 @@ def test_an_answer_that_the_engine_cut_off_is_an_error(served, stream):
     assert "engine 'tiny' was closed" in answer.text and '"finish_reason": "stop"' not in answer.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_others_starve_is_told_who_holds_what(served, monkeypatch, stream):
+    submit = served.engine.submit
+
+    def starve(*_):
+        raise elastikv.OutOfPhysicalMemory("'other' holds all of it")
+
+    monkeypatch.setattr(served.engine, "submit", lambda *a, on_token, **k: submit(*a, on_token=starve, **k))
+
+    async def ask(client):
+        return await client.post("/v1/completions", json={"prompt": [5], "max_tokens": 9, "stream": stream})
+
+    answer = run(served, ask)
+    assert answer.status_code == (200 if stream else 503)
+    assert "'other' holds all of it" in answer.text and served.runner.alive
+
+
 def test_models_health_and_metrics(served):
     async def ask(client):
         await client.post("/v1/completions", json={"prompt": [5] * 40, "max_tokens": 4})
