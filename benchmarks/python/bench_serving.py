@@ -44,7 +44,7 @@ BEGAN = time.monotonic()
 #: Seconds that are left for writing; and how much longer than its time a part may take to say what it has.
 MARGIN, GRACE = 6.0, 4.0
 #: Parts in their order, and how they share the time. The last takes what the others leave.
-PARTS = {"engine": 1.0, "continuous": 1.75, "static batches": 1.75, "three": 3.0}
+PARTS = {"engine": 1.5, "continuous": 2.5, "static batches": 2.0, "three": 4.0}
 
 
 # ---- a part, in a process of its own

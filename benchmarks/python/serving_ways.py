@@ -81,7 +81,7 @@ def make_engines(
 
 
 def warm(engines: Sequence[Engine], jobs: Sequence[Job], longest: int) -> None:
-    """Every batch size at every length that has a graph of its own, then some of the jobs."""
+    """Every batch size at every length that has a graph of its own, then the jobs, briefly."""
     graphed = engines[0].slots.device.type == "cuda"
     bounds = sorted({size_class(tokens) for tokens in range(1, longest + 1, 64)}) if graphed else []
     for engine in engines:
@@ -94,7 +94,7 @@ def warm(engines: Sequence[Engine], jobs: Sequence[Job], longest: int) -> None:
                     engine.submit(prompt, max_new_tokens=4)
                 run_until_idle(engine)
                 size *= 2
-        for job in jobs[:8]:
+        for job in jobs[:MAX_BATCH]:
             engine.submit(job.prompt, max_new_tokens=4)
         run_until_idle(engine)
 
@@ -105,8 +105,24 @@ def serve_engines(engines: Sequence[Engine], jobs: Sequence[Job], until: float) 
     With facts of the run: the most that was charged at the end of a step, and what the engines' counts grew by.
     """
     before = [(engine.counts.pauses, engine.counts.restarts) for engine in engines]
-    together, coming = Round(engines), list(jobs)
     requests: list[Any] = []
+    try:
+        served, peak = _serve(engines, jobs, until, requests)
+    finally:
+        for request in requests:
+            if request is not None:
+                request.cancel()
+        run_until_idle(*engines)
+    facts = {
+        "peak_bytes": peak,
+        "pauses": sum(engine.counts.pauses - then for engine, (then, _) in zip(engines, before)),
+        "restarts": sum(engine.counts.restarts - then for engine, (_, then) in zip(engines, before)),
+    }
+    return served, facts
+
+
+def _serve(engines: Sequence[Engine], jobs: Sequence[Job], until: float, requests: list[Any]) -> tuple[Served, int]:
+    together, coming = Round(engines), list(jobs)
     peak = 0
     start = time.perf_counter()
     while (coming or not together.idle) and time.perf_counter() < until:
@@ -132,18 +148,7 @@ def serve_engines(engines: Sequence[Engine], jobs: Sequence[Job], until: float) 
             return at_cut(job, cut, first, len(request.answer))
         return Outcome(job.due, first, request.ended - start, len(request.answer), job.model)
 
-    served = Served([outcome(*pair) for pair in zip(jobs, requests)], cut)
-    for request in requests:
-        if request is not None:
-            request.cancel()
-    while not together.idle:
-        together.advance()
-    facts = {
-        "peak_bytes": peak,
-        "pauses": sum(engine.counts.pauses - then for engine, (then, _) in zip(engines, before)),
-        "restarts": sum(engine.counts.restarts - then for engine, (_, then) in zip(engines, before)),
-    }
-    return served, facts
+    return Served([outcome(*pair) for pair in zip(jobs, requests)], cut), peak
 
 
 # ---- transformers' ways

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
+import select
 import subprocess
 import sys
 import threading
@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import httpx
 import load
 
 import elastikv
@@ -34,50 +33,46 @@ from elastikv.plots.serving import plot_first_tokens
 from elastikv.trace import Outcome, TraceRequest, summary
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @contextlib.contextmanager
 def servers(
     models: Sequence[str], arguments: argparse.Namespace, *, pool: str, share: int | None
 ) -> Iterator[list[str]]:
     """Their addresses, once all of them answer. They end with the block."""
-    processes, urls = [], []
+    processes: list[subprocess.Popen[str]] = []
     try:
         for index, model in enumerate(models):
-            port = free_port()
             command = [
                 sys.executable, "-m", "elastikv.cli", "serve", model, "--name", f"model-{index}", "--pool", pool,
                 "--limit", arguments.limit, "--device", arguments.device, "--dtype", arguments.dtype,
-                "--max-tokens", str(arguments.max_tokens), "--max-batch", str(arguments.max_batch), "--port", str(port),
+                "--max-tokens", str(arguments.max_tokens), "--max-batch", str(arguments.max_batch), "--port", "0",
                 "--prefixes", str(arguments.prefixes),
             ]  # fmt: skip
             if share is not None:
                 command += ["--quota", str(share)]
-            processes.append(subprocess.Popen(command))
-            urls.append(f"http://127.0.0.1:{port}")
-        for process, url in zip(processes, urls):
-            wait_for(process, url)
-        yield urls
+            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        until = time.monotonic() + arguments.patience
+        yield [address(process, until) for process in processes]
     finally:
         for process in processes:
             process.terminate()
         for process in processes:
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
-def wait_for(process: subprocess.Popen[bytes], url: str) -> None:
-    while True:
-        if process.poll() is not None:
-            raise SystemExit(f"a server ended with status {process.returncode} before it listened")
-        try:
-            httpx.get(f"{url}/health").raise_for_status()
-            return
-        except httpx.TransportError:
-            time.sleep(0.2)
+def address(process: subprocess.Popen[str], until: float) -> str:
+    """Where the server says that it listens. Ends this program where it does not say so in time."""
+    assert process.stdout is not None
+    while select.select([process.stdout], [], [], max(until - time.monotonic(), 0.0))[0]:
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a server ended with status {process.wait()} before it listened; it said why above")
+        if line.startswith("listens at "):
+            return line.removeprefix("listens at ").strip()
+    raise SystemExit(f"server {process.pid} does not listen yet: more time with --patience SECONDS")
 
 
 class Watch(threading.Thread):
@@ -129,6 +124,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=8192)
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--prefixes", type=int, default=32, help="rows kept for prompts that share a prefix")
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds that the servers may take to start")
     parser.add_argument("--out", type=Path, default=Path("mixed"), help="without ending: .json and .png are put to it")
     load.add_trace_options(parser)
     arguments = parser.parse_args()

@@ -41,15 +41,29 @@ def page_size(device: str) -> int:
 
 
 @pytest.fixture
-def shared(device: str, page_size: int):
-    """A shared pool of 64 pages, with nothing parked so that usage is what is in use."""
-    with elastikv.SharedMemoryPool(physical_limit=64 * page_size, device=device, park_limit=0) as pool:
+def pool_pages() -> int:
+    """Of the shared pool. A module that needs more has a fixture of this name."""
+    return 64
+
+
+@pytest.fixture
+def shared(device: str, page_size: int, pool_pages: int):
+    """A shared pool, with nothing parked so that usage is what is in use."""
+    with elastikv.SharedMemoryPool(physical_limit=pool_pages * page_size, device=device, park_limit=0) as pool:
         yield pool
 
 
 @pytest.fixture
-def model(shared, page_size: int):
-    return shared.register_model("model", virtual_capacity=4096 * page_size)
+def model(shared):
+    return shared.register_model("model", virtual_capacity=1 << 42)
+
+
+@pytest.fixture
+def llama(device: str):
+    """A small Llama with attention 'elastikv', on the device."""
+    from hf_networks import make_network
+
+    return make_network("gqa", device)
 
 
 def settled_usage(shared, *models) -> int:

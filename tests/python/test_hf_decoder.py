@@ -24,24 +24,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def shared(device, page_size):
-    with elastikv.SharedMemoryPool(physical_limit=1024 * page_size, device=device) as pool:
-        yield pool
-
-
-@pytest.fixture
-def model(shared):
-    return shared.register_model("model", virtual_capacity=1 << 42)
+def pool_pages():
+    return 1024
 
 
 @pytest.fixture(params=list(CONFIGS))
 def network(request, device):
     return make_network(request.param, device)
-
-
-@pytest.fixture
-def llama(device):
-    return make_network("gqa", device)
 
 
 # ---- generate

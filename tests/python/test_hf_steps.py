@@ -21,25 +21,14 @@ from elastikv.hf.geometry import kv_geometry
 from elastikv.hf.lean import Lean, Rotary
 from elastikv.hf.sampling import Sampler
 from elastikv.hf.step import DecodeStep, RaggedStep
-from hf_networks import agree, make_network, prompts, reference
+from hf_networks import agree, prompts, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def shared(device, page_size):
-    with elastikv.SharedMemoryPool(physical_limit=1024 * page_size, device=device) as pool:
-        yield pool
-
-
-@pytest.fixture
-def model(shared):
-    return shared.register_model("model", virtual_capacity=1 << 42)
-
-
-@pytest.fixture
-def llama(device):
-    return make_network("gqa", device)
+def pool_pages():
+    return 1024
 
 
 # ---- known to transformers

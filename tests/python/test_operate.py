@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 import uuid
+from types import SimpleNamespace
 
 import pytest
 
@@ -159,6 +161,17 @@ def test_watch_writes_a_line_a_model_and_reading(running, tmp_path):
         ("chat", "0"),
     }
     assert invoke("watch", "-p", name, "--count", 1).stdout.count("\n") == 4
+
+
+def test_watch_goes_on_where_a_reading_takes_longer_than_the_interval(running, tmp_path, monkeypatch):
+    moments = itertools.count(0.0, 3.0)  # each look at the clock finds it three seconds on
+    waits = []
+    clock = SimpleNamespace(time=lambda: 0.0, monotonic=lambda: next(moments), sleep=waits.append)
+    monkeypatch.setattr(look, "time", clock)
+    file = tmp_path / "run.csv"
+    result = invoke("watch", "-p", running.name, "--csv", file, "--count", 4, "--interval", 0.5)
+    assert result.exit_code == 0 and waits == [0.0, 0.0, 0.0]
+    assert len(file.read_text().splitlines()) == 1 + 4 * 3
 
 
 def test_top_shows_every_model(running):

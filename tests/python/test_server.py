@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -241,6 +240,23 @@ def test_an_answer_that_the_engine_cut_off_is_an_error(served, stream):
     assert "engine 'tiny' was closed" in answer.text and '"finish_reason": "stop"' not in answer.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_others_starve_is_told_who_holds_what(served, monkeypatch, stream):
+    submit = served.engine.submit
+
+    def starve(*_):
+        raise elastikv.OutOfPhysicalMemory("'other' holds all of it")
+
+    monkeypatch.setattr(served.engine, "submit", lambda *a, on_token, **k: submit(*a, on_token=starve, **k))
+
+    async def ask(client):
+        return await client.post("/v1/completions", json={"prompt": [5], "max_tokens": 9, "stream": stream})
+
+    answer = run(served, ask)
+    assert answer.status_code == (200 if stream else 503)
+    assert "'other' holds all of it" in answer.text and served.runner.alive
+
+
 def test_models_health_and_metrics(served):
     async def ask(client):
         await client.post("/v1/completions", json={"prompt": [5] * 40, "max_tokens": 4})
@@ -268,12 +284,6 @@ def test_models_health_and_metrics(served):
 # ---- processes that share a ledger
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 def take_all(name: str) -> None:
     """All of a ledger's memory for a moment, in pieces of four pages."""
     with elastikv.SharedMemoryPool(4 << 20, "cpu", name=name) as pool:
@@ -285,33 +295,31 @@ def take_all(name: str) -> None:
 def test_two_servers_in_processes_share_one_ledger(network):
     """Each answers a stock client with its own model's tokens; the ledger knows both, and in the end none."""
     pool = f"test-server-{os.getpid()}"
-    ports = {name: free_port() for name in ("left", "right")}
+    names = ("left", "right")
     servers = [
         subprocess.Popen(
             [sys.executable, "-m", "elastikv.cli", "serve", "random:tiny", "--name", name, "--pool", pool,
-             "--limit", "4MiB", "--device", "cpu", "--dtype", "float32", "--max-tokens", "512", "--port", str(port)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+             "--limit", "4MiB", "--device", "cpu", "--dtype", "float32", "--max-tokens", "512", "--port", "0"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
         )
-        for name, port in ports.items()
+        for name in names
     ]  # fmt: skip
     try:
         with httpx.Client(timeout=60) as client:
-            for server, port in zip(servers, ports.values()):
-                while True:  # until it listens
-                    assert server.poll() is None
-                    try:
-                        assert client.get(f"http://127.0.0.1:{port}/health").status_code == 200
-                        break
-                    except httpx.TransportError:
-                        time.sleep(0.1)
+            urls = {}
+            for name, server in zip(names, servers):
+                said = server.stdout.readline()  # once it listens
+                assert said.startswith("listens at http://127.0.0.1:")
+                urls[name] = said.removeprefix("listens at ").strip()
+                assert client.get(f"{urls[name]}/health").status_code == 200
             ledger = elastikv.Ledger(pool)
             assert sorted(one.model for one in ledger.clients()) == ["left", "right"]
             assert ledger.stats().processes == 2 and ledger.stats().physical_limit == 4 << 20
             for turn in range(3):
-                for name, port in ports.items():
+                for name, url in urls.items():
                     prompt = [7 + turn, *range(3, 40)]
                     body = {"model": name, "prompt": prompt, "max_tokens": 8, "temperature": 0}
-                    answer = client.post(f"http://127.0.0.1:{port}/v1/completions", json=body).json()
+                    answer = client.post(f"{url}/v1/completions", json=body).json()
                     assert answer["choices"][0]["text"] == Texts(None, 512).decode(expected(network, prompt, 8))
             # Prefixes are kept, within the limit, and given up when somebody asks.
             held = {one.model: one.charged for one in ledger.clients()}
@@ -329,6 +337,19 @@ def test_two_servers_in_processes_share_one_ledger(network):
     assert pool not in elastikv.ledgers()
 
 
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
+    from typer.testing import CliRunner
+
+    from elastikv.cli import app
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        result = CliRunner().invoke(
+            app, ["serve", "random:giant", "--limit", "1MiB", "--device", "cpu", "--port", port]
+        )
+    assert result.exit_code == 2 and f"can't listen at 127.0.0.1:{port}" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -342,7 +363,7 @@ def test_settings_that_can_not_be(arguments, complaint):
 
     from elastikv.cli import app
 
-    result = CliRunner().invoke(app, ["serve", *arguments])
+    result = CliRunner().invoke(app, ["serve", *arguments, "--port", "0"])
     assert result.exit_code == 2 and complaint in result.output
 
 

@@ -20,14 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def llama(device):
-    return make_network("gqa", device)
-
-
-@pytest.fixture
-def shared(device, page_size):
-    with make_pool(device, page_size) as pool:
-        yield pool
+def pool_pages():
+    return 1024
 
 
 # ---- what comes out

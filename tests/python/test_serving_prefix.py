@@ -14,21 +14,14 @@ from conftest import settled_usage
 pytest.importorskip("transformers")
 
 from elastikv.serving import run_until_idle
-from hf_networks import make_network
 from serving_tools import PAGES, closed, expected, make_engine, make_pool, prompt, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def llama(device):
-    return make_network("gqa", device)
-
-
-@pytest.fixture
-def shared(device, page_size):
-    with make_pool(device, page_size) as pool:
-        yield pool
+def pool_pages():
+    return 1024
 
 
 def test_prompts_with_a_common_front_are_computed_once(llama, device, shared):

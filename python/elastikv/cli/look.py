@@ -92,15 +92,16 @@ def _record(file: TextIO, pool: str | None, interval: float, count: int | None) 
     taken = 0
     while count is None or taken < count:
         if taken:
-            following = max(following + interval, time.monotonic())
-            time.sleep(following - time.monotonic())
+            now = time.monotonic()
+            following = max(following + interval, now)
+            time.sleep(following - now)
         for ledger in running():
             if pool not in (None, ledger.name):
                 continue
             with contextlib.suppress(LedgerError):  # it ended meanwhile
-                clients, stats, now = ledger.clients(), ledger.stats(), f"{time.time():.3f}"
+                clients, stats, moment = ledger.clients(), ledger.stats(), f"{time.time():.3f}"
                 for client in clients:
                     row = client_row(client)
-                    writer.writerow((now, ledger.name, stats.physical_limit, stats.charged, *row.values()))
+                    writer.writerow((moment, ledger.name, stats.physical_limit, stats.charged, *row.values()))
         file.flush()
         taken += 1

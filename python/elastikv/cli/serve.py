@@ -28,7 +28,7 @@ def serve(
     chunk: Annotated[int, typer.Option(help="Prompt tokens taken in beside a decode step.")] = 1024,
     prefixes: Annotated[int, typer.Option(help="Rows kept for prompts that share a prefix; 0: none.")] = 32,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: a free one, which it says.")] = 8000,
 ) -> None:
     """Serves OpenAI's completions for one model: /v1/completions, /v1/models, /health, /metrics.
 

@@ -127,7 +127,7 @@ def make_app(served: Served, pool: elastikv.SharedMemoryPool, registry: Collecto
             return Response(status_code=499)  # nobody is there to read it
         failed = reading.exception()
         if failed is not None:
-            status = 503 if isinstance(failed, PoolClosed) else 500
+            status = 503 if isinstance(failed, (PoolClosed, OutOfPhysicalMemory)) else 500
             return JSONResponse(error(str(failed), "server_error"), status)
         return JSONResponse(shape.whole(reading.result(), answer.reason, answer.request))
 

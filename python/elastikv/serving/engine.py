@@ -41,13 +41,20 @@ class Engine:
     computes them again later: no token that came is lost, or changes. With ``keep_pages=False`` it gives them back at
     once. Requests that made way go on before others start.
 
+    One that is alone and can't go on, as others hold the memory, gives its pages back after ``patience`` seconds, so
+    that engines that hold each other up go on, and tries again. After ``tries`` times in a row without a new token it
+    ends with OutOfPhysicalMemory, which says who holds what.
+
     model: a causal LM with attention 'elastikv', used by this engine alone while it steps. handle: from
     `SharedMemoryPool.register_model`; it takes the addresses of `addresses()` bytes. max_batch: rows that decode
     together. chunk: prompt tokens that are taken in beside a decode step. prefix_entries: rows kept for those who share
-    a prefix, 0 for none. patience: seconds without a move after which even the last one gives its pages back, so that
-    engines that hold each other up go on. clock: seconds; deadlines are by it.
+    a prefix, 0 for none. clock: seconds; deadlines and patience are by it.
 
-    submit, cancel, close and wake may be called from any thread; one thread at a time takes the steps.
+    Where the model is paused, by `pause_model` or while no step runs, steps do nothing until it has resumed, and
+    requests wait.
+
+    submit, cancel, pause_model, resume_model, close and wake may be called from any thread; one thread at a time takes
+    the steps.
     """
 
     def __init__(
@@ -63,12 +70,13 @@ class Engine:
         prefix_entries: int = 32,
         shortest_prefix: int = 32,
         patience: float = 1.0,
+        tries: int = 30,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if max_batch < 1 or max_tokens < 1 or chunk < 1 or prefix_entries < 0 or (promise is not None and promise < 1):
+        if min(max_batch, max_tokens, chunk, tries, promise or 1) < 1 or promise == 0 or prefix_entries < 0:
             raise InvalidArgument(
-                f"max_batch={max_batch}, max_tokens={max_tokens}, chunk={chunk}, promise={promise} must be at least 1, "
-                f"prefix_entries={prefix_entries} at least 0"
+                f"max_batch={max_batch}, max_tokens={max_tokens}, chunk={chunk}, tries={tries}, promise={promise} must "
+                f"be at least 1, prefix_entries={prefix_entries} at least 0"
             )
         original = getattr(model, "_orig_mod", model)
         require_attention(original)
@@ -88,12 +96,13 @@ class Engine:
         self._lanes = Lanes(model, self.slots, vocabulary, lambda request, token: self._scheduler.took(request, token))
         self._prompts = Prompts(original, self.slots, vocabulary, chunk)
         self._scheduler = Scheduler(
-            Policy(max_batch, promise, keep_pages, patience, clock), self.prefixes, self._prompts, self._lanes
+            Policy(max_batch, promise, keep_pages, patience, tries, clock), self.prefixes, self._prompts, self._lanes
         )
         self._inbox: deque[Request] = deque()
         self._wanted_by_others = 0
         self._lock = threading.Lock()  # held for a step; guards all of the above but the inbox
-        self._holder: int | None = None
+        self._holder: int | None = None  # the thread that steps
+        self._deliverer: int | None = None  # the thread that is handing news out
         self._woken = threading.Event()
         self._closed = False
         itself = weakref.ref(self)  # so that an engine that is dropped goes
@@ -139,7 +148,8 @@ class Engine:
         on_end: Callable[[Request], object] | None = None,
     ) -> Request:
         """Puts a request in line. on_token(request, token), and on_end(request) when it is done, are called by the
-        thread that steps, with no lock held; if they raise, this request ends with that error.
+        thread that steps or closes, with no lock held, one at a time and in order; if they raise, this request ends
+        with that error, and what is no Exception goes on to who steps. They must not wait for other threads' requests.
 
         Raises InvalidArgument for what can never be served, OutOfPhysicalMemory where it is larger than the model's
         limit, PoolClosed after close.
@@ -214,9 +224,12 @@ class Engine:
         return self._scheduler.active
 
     def advance(self) -> bool:
-        """One step. Whether anything moved: if not, nobody asks, or there is no memory. Raises PoolClosed."""
+        """One step. Whether anything moved: if not, nobody asks, there is no memory, or the model is paused. Raises
+        PoolClosed."""
         with self._lock:
             self._require_open()
+            if self.handle.paused:
+                return False
             self._holder = threading.get_ident()
             try:
                 self.prefixes.evict(self._wanted_by_others)
@@ -230,17 +243,54 @@ class Engine:
         self._deliver()
         return moved
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def look_again(self) -> None:
+        """Those who iterate over requests see anew whether a thread steps, or they do."""
+        with self._lock:
+            for request in [*self._inbox, *self._scheduler.waiting, *self._scheduler.active]:
+                request.look_again()
+
+    def pause_model(self) -> int:
+        """`Model.pause` between two steps: what is live goes to the host. Requests stay where they are, and wait.
+
+        Returns the bytes given back. The errors are those of `Model.pause`, and PoolClosed.
+        """
+        with self._lock:
+            self._require_open()
+            if not self.handle.paused:
+                with torch.inference_mode():
+                    self._lanes.settle()
+            given = self.handle.pause()
+        self._deliver()
+        return given
+
+    def resume_model(self, *, timeout: float | None = None, cancel: elastikv.Cancellation | None = None) -> int:
+        """`Model.resume`; the next step goes on from where it was. Returns the bytes taken. Errors are its own."""
+        with self._lock:
+            self._require_open()
+            taken = self.handle.resume(timeout=timeout, cancel=cancel)
+        self.wake()
+        return taken
+
     def pause(self, request: Request) -> None:
         """One that decodes makes way with its pages kept, until the next step that has room for it."""
         with self._lock:
+            if self.handle.paused:
+                return
             if request.state is State.DECODE:
                 self._scheduler.pause(request)
             self._scheduler.release_finished()
         self._deliver()
 
     def give_way(self, request: Request | None = None) -> bool:
-        """A request, the youngest by default, gives its pages back, and waits for its turn to compute them again."""
+        """A request, the youngest by default, gives its pages back, and waits for its turn to compute them again.
+        False where there is none, or the model is paused."""
         with self._lock:
+            if self.handle.paused:
+                return False
             active = [one for one in self._scheduler.active if request in (None, one)]
             if active:
                 self._scheduler.send_back(max(active, key=lambda one: one.number))
@@ -257,6 +307,8 @@ class Engine:
             self._reclaim.remove()
             while self._inbox:
                 self._scheduler.add(self._inbox.popleft())
+            if self.handle.paused:
+                self.slots.drop()  # with its backup: nothing can be given back row by row
             self._scheduler.end_all()
             self.prefixes.clear()
             self._wanted_by_others = 0
@@ -284,18 +336,42 @@ class Engine:
             self.wake()
             return 0
         try:
-            return self.prefixes.evict(wanted)
+            return 0 if self.handle.paused else self.prefixes.evict(wanted)
         finally:
             self._lock.release()
 
     def _deliver(self) -> None:
-        """Tokens to those who asked, with no lock held."""
+        """Tokens to those who asked, with no lock held, by one thread at a time: nothing overtakes what came before.
+
+        That one also hands out what others bring meanwhile. A listener that steps or closes the engine itself is served
+        at once.
+        """
+        me = threading.get_ident()
         with self._lock:
-            news, self._scheduler.news = self._scheduler.news, []
-        for request, token in news:
-            try:
-                request.deliver(token)
-            except Exception as error:  # the listener's
-                request.error = request.error or error
-                with self._lock:
-                    self._scheduler.end(request, Finish.ERROR, error)
+            if self._deliverer not in (None, me):
+                return
+            outer, self._deliverer = self._deliverer, me
+        try:
+            while self._deliver_one(outer):
+                pass
+        except BaseException:
+            with self._lock:
+                self._deliverer = outer
+            raise
+
+    def _deliver_one(self, outer: int | None) -> bool:
+        """Whether there was any; if not, others may deliver from now on."""
+        with self._lock:
+            if not self._scheduler.news:
+                self._deliverer = outer
+                return False
+            request, token = self._scheduler.news.popleft()
+        try:
+            request.deliver(token)
+        except BaseException as error:  # the listener's
+            request.error = request.error or error
+            with self._lock:
+                self._scheduler.end(request, Finish.ERROR, error)
+            if not isinstance(error, Exception):
+                raise
+        return True

@@ -26,6 +26,10 @@ LARGEST = float(np.finfo(np.float32).max)
 _numbers = itertools.count()
 
 
+class _LookAgain:
+    """No news; who steps the engine has changed."""
+
+
 class State(enum.Enum):
     """Where a request is. Rows and memory belong to those in PREFILL, DECODE and PAUSED."""
 
@@ -111,13 +115,14 @@ class Request:
         self.prefix_tokens = 0  # of the prompt, taken from what others had stored, at its last start
         self.pauses = 0  # times that it made way with its pages kept,
         self.restarts = 0  # and with its pages given back
+        self.tries = 0  # in a row without a new token, where it was alone and others held the memory
         self.cancelled = False
         self.row = -1
         self.stored = 0  # tokens in its row
         self._engine = engine
         self._on_token = on_token
         self._on_end = on_end
-        self._news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[int | _LookAgain | None] = queue.SimpleQueue()
 
     def __repr__(self) -> str:
         return f"Request({self.number}, {self.state.value}, {len(self.answer)}/{self.asked.max_new_tokens} tokens)"
@@ -148,6 +153,8 @@ class Request:
                 if not self._engine.advance():
                     self._engine.sleep(0.001)
             token = self._news.get()
+            if isinstance(token, _LookAgain):
+                continue
             if token is None:
                 break
             yield token
@@ -162,6 +169,10 @@ class Request:
         return list(self.answer)
 
     # ---- the engine's
+
+    def look_again(self) -> None:
+        """Who iterates sees anew whether a thread steps."""
+        self._news.put(_LookAgain())
 
     def deliver(self, token: int | None) -> None:
         """Passes a token on, or that there are no more. Called by the engine with no lock held."""

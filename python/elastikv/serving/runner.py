@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from types import TracebackType
 
-from elastikv.errors import OutOfPhysicalMemory
+from elastikv.errors import InvalidArgument, OutOfPhysicalMemory, PoolClosed
 from elastikv.serving.engine import Engine
 
 logger = logging.getLogger("elastikv.serving")
@@ -15,27 +15,37 @@ logger = logging.getLogger("elastikv.serving")
 #: Seconds until an engine that could not move for want of memory tries again, if nobody wakes it.
 RETRY = 0.005
 
+_starting = threading.Lock()
+
 
 class Runner:
     """A thread that steps an engine while there is something to do, and sleeps else. Thread safe.
 
-    Use as a context manager, or call stop. The engine stays open; what it has not finished waits.
+    Use as a context manager, or call stop. The engine stays open; what it has not finished waits for another Runner, or
+    for those who iterate over their requests. Raises InvalidArgument for an engine that has one already, PoolClosed for
+    one that is closed; ends by itself when the engine is closed.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.error: BaseException | None = None  # what ended the thread, if not stop
+        self.error: BaseException | None = None  # what ended the thread, if neither stop nor the engine's end
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"elastikv-engine-{engine.name}", daemon=True)
-        engine.threaded = True
+        with _starting:
+            if engine.threaded:
+                raise InvalidArgument(f"engine {engine.name!r} has a thread that steps it already: stop that one first")
+            if engine.closed:
+                raise PoolClosed(f"engine {engine.name!r} was closed")
+            engine.threaded = True
         self._thread.start()
 
     def stop(self) -> None:
-        """After the step that is under way. May be called twice."""
+        """After the step that is under way, which it waits for unless it is called by that step's listeners. May be
+        called twice."""
         self._stopping = True
         self.engine.wake()
-        self._thread.join()
-        self.engine.threaded = False
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
     def __enter__(self) -> Runner:
         return self
@@ -50,16 +60,27 @@ class Runner:
         return self._thread.is_alive()
 
     def _run(self) -> None:
+        engine = self.engine
         try:
-            while not self._stopping:
-                if self.engine.idle:
-                    self.engine.sleep(None)
-                elif not self.engine.advance():
-                    self.engine.sleep(RETRY)
-        except BaseException as error:  # nobody would step for those who wait
-            self.error = error
-            logger.exception("the thread of engine %r ends", self.engine.name)
-            self.engine.close()
+            while not (self._stopping or engine.closed):
+                if engine.idle:
+                    engine.sleep(None)
+                elif not engine.advance():
+                    engine.sleep(RETRY)
+        except PoolClosed as error:  # in the middle of it, if the engine is
+            if not engine.closed:
+                self._fail(error)
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            engine.threaded = False
+            engine.look_again()
+
+    def _fail(self, error: BaseException) -> None:
+        """Nobody would step for those who wait."""
+        self.error = error
+        logger.error("the thread of engine %r ends", self.engine.name, exc_info=error)
+        self.engine.close()
 
 
 class Round:

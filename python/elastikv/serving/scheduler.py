@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -39,6 +40,7 @@ class Policy:
     promise: int | None
     keep_pages: bool
     patience: float
+    tries: int
     clock: Callable[[], float]
 
 
@@ -50,7 +52,7 @@ class Scheduler:
 
     def __init__(self, policy: Policy, prefixes: PrefixIndex, prompts: Prompts, lanes: Lanes) -> None:
         self.counts = EngineCounts()
-        self.news: list[tuple[Request, int | None]] = []
+        self.news: deque[tuple[Request, int | None]] = deque()
         self._policy = policy
         self._prefixes = prefixes
         self._prompts = prompts
@@ -63,6 +65,7 @@ class Scheduler:
         self._stalled_since: float | None = None
         self._refusals = 0  # claims of new memory that failed in a row
         self._pass = 0  # steps until the next try
+        self._shortage = ""  # what the last one said
 
     # ---- for the engine
 
@@ -221,7 +224,8 @@ class Scheduler:
         while True:
             try:
                 self._slots.claim(row, tokens)
-            except OutOfPhysicalMemory:
+            except OutOfPhysicalMemory as shortage:
+                self._shortage = str(shortage)
                 if not self._prefixes.evict_one():
                     self._pass = min(1 << self._refusals, LONGEST_PASS)
                     self._refusals += 1
@@ -238,7 +242,8 @@ class Scheduler:
         rows = self._prompts.choose(self._prefilling)
         try:
             logits = self._prompts.run(rows)
-        except OutOfPhysicalMemory:
+        except OutOfPhysicalMemory as shortage:
+            self._shortage = str(shortage)
             return False
         except Exception as error:  # the model's: these requests end, the others go on
             for request in rows:
@@ -263,7 +268,8 @@ class Scheduler:
         while self._lanes.members:
             try:
                 self._lanes.step()
-            except OutOfPhysicalMemory:
+            except OutOfPhysicalMemory as shortage:
+                self._shortage = str(shortage)
                 if self._lanes.settle():  # some may have their last token by now, and need no more memory
                     self.release_finished()
                     moved = True
@@ -290,6 +296,7 @@ class Scheduler:
         if request.first_token is None:
             request.first_token = self._policy.clock()
         request.answer.append(token)
+        request.tries = 0
         self.news.append((request, token))
         if token in request.asked.stop:
             self.end(request, Finish.STOP)
@@ -315,13 +322,32 @@ class Scheduler:
         return bool(others)
 
     def _stall(self) -> None:
-        """Nobody moved. The youngest gives its pages back where others could use them; the last one after a while."""
+        """Nobody moved. The youngest gives its pages back where others could use them; the last one after a while, and
+        after so many of those in vain it ends, whether it holds a row or waits for it again."""
         active, now = self.active, self._policy.clock()
         if self._stalled_since is None:
             self._stalled_since = now
-        if len(active) > 1 or (active and now - self._stalled_since >= self._policy.patience):
+        if len(active) > 1:
             self.send_back(max(active, key=_age))
-            self._stalled_since = now
+        elif now - self._stalled_since < self._policy.patience:
+            return
+        else:
+            last = active[0] if active else self._waiting[0][1]
+            if active or last.restarts:
+                last.tries += 1
+            if last.tries >= self._policy.tries:
+                self._give_up(last)
+            elif active:
+                self.send_back(last)
+        self._stalled_since = now
+
+    def _give_up(self, request: Request) -> None:
+        error = OutOfPhysicalMemory(
+            f"a request of {request.known} tokens so far was alone and got no memory for more in {request.tries} "
+            f"tries, {self._policy.patience} s each: {self._shortage}"
+        )
+        self.end(request, Finish.ERROR, error)
+        self.release_finished()
 
     def _leave(self, request: Request) -> None:
         if request in self._lanes.members:
