@@ -20,10 +20,13 @@ def bars(result: dict[str, Any]) -> list[Bar]:
 def print_tables(result: dict[str, Any]) -> None:
     print(f"{result['bytes'] / 2**30:.3g} GiB idle in A, asked for by B:")
     for way, row in result["ways"].items():
-        parts = ", ".join(f"{call} {time:.2f}" for call, time in row.get("calls_ms", {}).items())
+        calls = {**row.get("calls_ms", {}), "scrub": row["usable_ms"] - row["ms"]}
+        parts = ", ".join(f"{call} {time:.2f}" for call, time in calls.items())
+        if "received" in row:
+            parts += f"; {100 * row['received']:.0f} % handed over"
         print(
             f"  {way:32} {row['extents']:5} extents  {row['ms']:8.3f} ms, usable after {row['usable_ms']:8.3f} ms"
-            f"{f'  ({parts})' if parts else ''}"
+            f"  ({parts})"
         )
 
 

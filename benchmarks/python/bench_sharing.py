@@ -7,6 +7,10 @@
 Times are from B's asking to having the memory, and to its being zeroed and usable on the device; medians. A's memory
 lies in extents as it would come: of open-ended growth, of the heap's and block pools' 32 MiB, as one, and with a handle
 a page, which nothing in elastikv makes by itself and which shows what a handle costs. `other process`: A is in one.
+
+Of extents that A hands over as they are (`received`, a share of what B gets) nothing is released or created: within a
+process it is unmap, map and set_access, to another process all five. `scrub` is what is left once B has the memory.
+bench_hand_over has what these calls cost by the size of a handle.
 """
 
 from __future__ import annotations
@@ -63,22 +67,39 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def nanoseconds(models: list[elastikv.Model]) -> dict[str, int]:
+class Spent:
+    """Milliseconds in each kind of driver call, over some rounds and models."""
+
+    def __init__(self) -> None:
+        self.rounds: list[dict[str, float]] = []
+
+    def add(self, before: dict[str, int], after: dict[str, int]) -> None:
+        self.rounds.append({call: (after[call] - before[call]) / 1e6 for call in CALLS})
+
+    def medians(self) -> dict[str, float]:
+        return {call: statistics.median(each[call] for each in self.rounds) for call in CALLS}
+
+
+def nanoseconds(*models: elastikv.Model) -> dict[str, int]:
     stats = [model.stats().driver_calls for model in models]
     return {call: sum(each[call].nanoseconds for each in stats) for call in CALLS}
 
 
+def found(extents: int, asked: list[float], usable: list[float], calls: Spent, received: float) -> dict[str, Any]:
+    ms = {"ms": statistics.median(asked) * 1e3, "usable_ms": statistics.median(usable) * 1e3}
+    return {"extents": extents, **ms, "calls_ms": calls.medians(), "received": received}
+
+
 def hand_over(device: str, size: int, kind: str, reserve: int = 0, rounds: int = 5) -> dict[str, Any]:
     """A in this process."""
-    found: dict[str, Any] = {}
-    asked, usable, calls = [], [], []
+    asked, usable, calls = [], [], Spent()
     with elastikv.SharedMemoryPool(size, device, park_limit=size) as pool:
         a, b = Peak(pool, kind, size), pool.register_model("B", 1 << 42)
         for number in range(rounds + 1):
-            found["extents"] = a.rise_and_fall()
+            extents = a.rise_and_fall()
             a.model.set_quota(reserve=reserve)
             wait(device)
-            before = nanoseconds([a.model, b])
+            before, received = nanoseconds(a.model, b), b.stats().received
             begin = time.perf_counter()
             theirs = elastikv.empty((size - reserve,), (size,), torch.uint8, b)
             had = time.perf_counter() - begin
@@ -86,8 +107,8 @@ def hand_over(device: str, size: int, kind: str, reserve: int = 0, rounds: int =
             if number:
                 asked.append(had)
                 usable.append(time.perf_counter() - begin)
-                after = nanoseconds([a.model, b])
-                calls.append({call: (after[call] - before[call]) / 1e6 for call in CALLS})
+                calls.add(before, nanoseconds(a.model, b))
+                received = b.stats().received - received
             assert a.model.stats().physical_usage <= reserve and b.quota().grants == 0
             a.model.set_quota(reserve=0)
             del theirs
@@ -95,38 +116,46 @@ def hand_over(device: str, size: int, kind: str, reserve: int = 0, rounds: int =
             b.drain()
             pool.trim()
         del a
-    found["ms"], found["usable_ms"] = (statistics.median(each) * 1e3 for each in (asked, usable))
-    found["calls_ms"] = {call: statistics.median(each[call] for each in calls) for call in CALLS}
-    return found
+    return found(extents, asked, usable, calls, received / (size - reserve))
 
 
 OTHER = """
-import sys
+import json, sys
 import torch, elastikv
 sys.path.insert(0, {folder!r})
-from bench_sharing import Peak
+from bench_sharing import Peak, nanoseconds
 with elastikv.SharedMemoryPool({size}, {device!r}, park_limit={size}, name={name!r}) as pool:
     peak = Peak(pool, "open-ended", {size})
     for line in sys.stdin:
-        print(peak.rise_and_fall(), flush=True)
+        told = peak.rise_and_fall() if line == "up\\n" else nanoseconds(peak.model)
+        print(json.dumps(told), flush=True)
 """
 
 
 def from_other_process(device: str, size: int, rounds: int = 5) -> dict[str, Any]:
     name = f"bench-{os.getpid()}"
     script = OTHER.format(folder=str(Path(__file__).resolve().parent), size=size, device=device, name=name)
-    asked, usable = [], []
+    asked, usable, calls = [], [], Spent()
     with elastikv.SharedMemoryPool(size, device, park_limit=size, name=name) as pool:
         b = pool.register_model("B", 1 << 42)
         other = subprocess.Popen(
             [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        assert other.stdin is not None and other.stdout is not None
+
+        def ask(what: str) -> Any:
+            assert other.stdin is not None and other.stdout is not None
+            other.stdin.write(what + "\n")
+            other.stdin.flush()
+            return json.loads(other.stdout.readline())
+
+        def spent() -> dict[str, int]:
+            theirs, ours = ask("calls"), nanoseconds(b)
+            return {call: theirs[call] + ours[call] for call in CALLS}
+
         try:
             for number in range(rounds + 1):
-                other.stdin.write("up\n")
-                other.stdin.flush()
-                extents = int(other.stdout.readline())
+                extents = ask("up")
+                before = spent()
                 begin = time.perf_counter()
                 theirs = elastikv.empty((size,), (size,), torch.uint8, b)
                 had = time.perf_counter() - begin
@@ -134,15 +163,14 @@ def from_other_process(device: str, size: int, rounds: int = 5) -> dict[str, Any
                 if number:
                     asked.append(had)
                     usable.append(time.perf_counter() - begin)
+                    calls.add(before, spent())
                 del theirs
                 wait(device)
                 b.drain()
                 pool.trim()
         finally:
-            other.stdin.close()
-            other.wait(30)
-    ms = {"ms": statistics.median(asked) * 1e3, "usable_ms": statistics.median(usable) * 1e3}
-    return {"extents": extents, **ms}
+            other.communicate(timeout=30)
+    return found(extents, asked, usable, calls, 0.0)
 
 
 def main() -> int:

@@ -77,6 +77,7 @@ void bind_stats(py::module_& module) {
         .def_readonly("reclaims_refused", &MemoryStats::reclaims_refused)
         .def_readonly("created", &MemoryStats::created)
         .def_readonly("released", &MemoryStats::released)
+        .def_readonly("received", &MemoryStats::received)
         .def_readonly("abandoned", &MemoryStats::abandoned)
         .def_property_readonly("driver_calls", &driver_calls)
         .def_property_readonly("total_driver_calls", &total_driver_calls)

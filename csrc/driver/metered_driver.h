@@ -23,11 +23,16 @@ class MeteredDriver final : public ForwardingDriver {
     DriverCallTable table() const noexcept;
     // Bytes of physical memory or addresses whose owner is gone and which the driver refused to take back.
     Bytes abandoned() const noexcept { return abandoned_.load(std::memory_order_relaxed); }
-    // Bytes of physical memory that were ever created, and released.
+    // Bytes of physical memory that were ever created, and released; what another's owner handed over counts too, and
+    // is told by received().
     Bytes created() const noexcept { return created_.load(std::memory_order_relaxed); }
     Bytes released() const noexcept { return released_.load(std::memory_order_relaxed); }
+    Bytes received() const noexcept { return received_.load(std::memory_order_relaxed); }
     void note_created(Bytes bytes) noexcept { created_.fetch_add(bytes, std::memory_order_relaxed); }
     void note_released(Bytes bytes) noexcept { released_.fetch_add(bytes, std::memory_order_relaxed); }
+    void note_received(Bytes bytes) noexcept { received_.fetch_add(bytes, std::memory_order_relaxed); }
+    // Whether both count the calls of one driver, so that a handle of the one is a handle of the other.
+    bool is_over_the_same(const MeteredDriver& other) const noexcept { return &inner() == &other.inner(); }
     void abandon(Bytes bytes) noexcept { abandoned_.fetch_add(bytes, std::memory_order_relaxed); }
 
   private:
@@ -41,6 +46,7 @@ class MeteredDriver final : public ForwardingDriver {
     std::array<Counter, driver_call_kinds> counters_;
     std::atomic<Bytes> created_{0};
     std::atomic<Bytes> released_{0};
+    std::atomic<Bytes> received_{0};
     std::atomic<Bytes> abandoned_{0};
 };
 

@@ -36,14 +36,16 @@ Address Heap::allocate_slowly(Lock& lock, const HeapRequest& request) {
     enum Effort { none, own_idle, idle_of_others, other_streams, other_arenas, last };
     settle_passed(/*all=*/true);
     std::vector<Returned> returned;
+    HandOver handed = pool_->hand_over();
     for (int effort = none;;) {
         Arena& arena = arena_for(request.arena);
         Block* block = take(arena, request);
         if (block != nullptr) return hand_out(block, request);
         const Bytes lacking = arena.elastic()
-                                  ? try_grow(arena.bin(request.stream, request.size > small_request), request)
-                                  : try_add_segment(lock, request);
+                                  ? try_grow(arena.bin(request.stream, request.size > small_request), request, handed)
+                                  : try_add_segment(lock, request, handed);
         if (lacking == 0) continue;  // the segment was made without the lock, so another thread may have taken it
+        if (handed.give_back() > 0) continue;  // it did not fit where it was wanted, but its room may do
         Bytes released = 0;
         switch (++effort) {
             case own_idle:
@@ -67,7 +69,7 @@ Address Heap::allocate_slowly(Lock& lock, const HeapRequest& request) {
         if (released > 0) --effort;
         lock.unlock();
         give_back(returned);
-        pool_->make_room(lacking, /*wait=*/effort > own_idle);
+        pool_->make_room(lacking, /*wait=*/effort > own_idle, &handed);
         lock.lock();
     }
 }
@@ -78,7 +80,7 @@ Bytes Heap::over_limit(Bytes more) const {
     return reserved > options_.limit - more ? reserved - (options_.limit - more) : 0;
 }
 
-Bytes Heap::try_grow(Bin& bin, const HeapRequest& request) {
+Bytes Heap::try_grow(Bin& bin, const HeapRequest& request, HandOver& handed) {
     Hole hole = best_hole(bin, request.size);
     if (hole.block == nullptr) hole = add_range(bin, request.size);
     if (!bin.large) {
@@ -112,6 +114,7 @@ Bytes Heap::try_grow(Bin& bin, const HeapRequest& request) {
     Block* block = hole.block;
     AllocateOptions options;
     options.stream = bin.stream;
+    options.hand_over = &handed;
     options.largest_extent = largest_extent();
     for (;;) {
         const Bytes begin = offset_of(block->address) + (hole.at_back ? block->size - hole.pages : 0);
@@ -214,7 +217,7 @@ Bytes Heap::take_addresses(Bytes size) {
     return *place;
 }
 
-Bytes Heap::try_add_segment(Lock& lock, const HeapRequest& request) {
+Bytes Heap::try_add_segment(Lock& lock, const HeapRequest& request, HandOver& handed) {
     Arena& arena = arena_for(request.arena);
     const bool large = request.size > small_request;
     const Bytes size = round_up(segment_size(request.size, arena.no_split), pool_->page_size());
@@ -235,6 +238,7 @@ Bytes Heap::try_add_segment(Lock& lock, const HeapRequest& request) {
     if (begin == window_.end) throw out_of_addresses(size);
     AllocateOptions options;
     options.stream = request.stream;
+    options.hand_over = &handed;
     Bytes lacking = 0;
     try {
         lacking = pool_->try_claim(begin, size, options);

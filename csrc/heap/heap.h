@@ -167,8 +167,8 @@ class Heap final : public IdleHolder {
     // growth.cpp
     Address allocate_slowly(Lock& lock, const HeapRequest& request);
     // Both return the bytes that were lacking, 0 where the bin now has a free block of the size.
-    Bytes try_grow(Bin& bin, const HeapRequest& request);
-    Bytes try_add_segment(Lock& lock, const HeapRequest& request);
+    Bytes try_grow(Bin& bin, const HeapRequest& request, HandOver& handed);
+    Bytes try_add_segment(Lock& lock, const HeapRequest& request, HandOver& handed);
     Bytes over_limit(Bytes more) const;
     Bytes largest_extent() const;
     Hole best_hole(const Bin& bin, Bytes size) const;

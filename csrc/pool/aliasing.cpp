@@ -13,7 +13,7 @@
 namespace elastikv {
 
 void VirtualMemoryPool::alias(Bytes to, Bytes from, Bytes size, Bytes shared, const AllocateOptions& options) {
-    const Bytes lacking = try_with_room([&] { return try_alias(to, from, size, shared, options); });
+    const Bytes lacking = try_with_room([&](HandOver&) { return try_alias(to, from, size, shared, options); });
     if (lacking > 0) throw out_of_memory(lacking);
 }
 
@@ -217,7 +217,7 @@ void VirtualMemoryPool::collect_fences(const Extent& extent, std::vector<FencePt
 void VirtualMemoryPool::make_writable(Bytes offset, Bytes size, std::span<const Stream> streams) {
     process_.require_same_process();
     const ByteRange pages = table_.pages_of(checked_range(offset, size));
-    const Bytes lacking = try_with_room([&] { return try_make_writable(pages, streams); });
+    const Bytes lacking = try_with_room([&](HandOver&) { return try_make_writable(pages, streams); });
     if (lacking > 0) throw out_of_memory(lacking);
 }
 

@@ -12,6 +12,7 @@
 namespace elastikv {
 
 class Grant;
+class HandOver;
 class IdleHolder;
 
 // Thread safe. try_charge and refund are called under a pool's lock, so they take no lock that is held while calling a
@@ -23,6 +24,9 @@ class Budget {
     // Charges `bytes` if they fit. Charged before the memory exists, so that the limit is never passed.
     virtual bool try_charge(Bytes bytes) noexcept = 0;
     virtual void refund(Bytes bytes) noexcept = 0;
+    // The charge of `bytes` becomes another client's, with the memory. At no moment is it nobody's. False, and nothing
+    // has changed, where `to` may not be charged as much, others are to have it first, or `to` has another limit.
+    virtual bool try_pass_on(Bytes bytes, Budget& to) noexcept = 0;
     // What could be charged at once.
     virtual Bytes available() const noexcept = 0;
     // Whether someone waits for memory, so that none is to be kept idle.
@@ -30,8 +34,9 @@ class Budget {
 
     // Called with no lock held, after a charge of `wanted` bytes did not fit: makes idle memory go back, also that of
     // others on the same limit, until it fits or nothing is left. With `wait`, first waits for device work on retiring
-    // memory, and asks others for more than what is idle. Returns the bytes freed.
-    virtual Bytes make_room(Bytes wanted, bool wait) = 0;
+    // memory, and asks others for more than what is idle. What `handed` takes, if it is not null, is part of `wanted`,
+    // and charged. Returns the bytes freed, those included.
+    virtual Bytes make_room(Bytes wanted, bool wait, HandOver* handed) = 0;
     // Called with no lock held: waits in line for `bytes`, and returns them charged; nothing where the deadline passed,
     // or where they can never fit. Throws WaitCancelled, InvalidArgument where too many wait.
     virtual std::optional<Grant> wait_for_room(Bytes bytes, const WaitOptions& wait) = 0;

@@ -22,6 +22,7 @@ Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const Al
             // What was charged in part has gone back, so room is needed for all that is missing.
             Bytes missing = 0;
             for (const ByteRange& each : parts) missing += table_.missing(table_.pages_of(each));
+            want(parts, std::max(lacking, missing), options);
             return std::max(lacking, missing);
         }
         for (const Extent& extent : fresh) zeroed |= !extent.clean.empty() && !driver_->capabilities().fresh_is_zero;
@@ -81,7 +82,39 @@ Bytes VirtualMemoryPool::extent_size(Bytes left, const AllocateOptions& options)
     return std::min(most, std::max(options.smallest_extent, half));
 }
 
+// What others could give up for these parts.
+void VirtualMemoryPool::want(std::span<const ByteRange> parts, Bytes lacking, const AllocateOptions& options) const {
+    if (options.hand_over == nullptr) return;
+    Bytes largest = options.largest_extent;
+    if (largest == 0) {
+        for (const ByteRange& part : parts) {
+            for (const ByteRange& gap : table_.gaps(table_.pages_of(part))) largest = std::max(largest, gap.size());
+        }
+    }
+    options.hand_over->want(lacking, largest, /*exact=*/options.largest_extent > 0);
+}
+
 Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh) {
+    const Bytes handed = options.hand_over == nullptr ? 0 : options.hand_over->fitting(gap.size());
+    const ByteRange rest{gap.begin + handed, gap.end};
+    if (!rest.empty()) {  // first, as it may lack
+        AllocateOptions of_rest = options;
+        of_rest.held += handed;
+        if (try_fill_with_new(rest, of_rest, fresh) > 0) return gap.size();
+    }
+    for (Bytes at = gap.begin; at < rest.begin;) {
+        auto physical = options.hand_over->next(rest.begin - at);
+        const ByteRange range{at, at + physical->size()};
+        const Status status = try_make_extent(range, /*zero=*/true, fresh, std::move(physical));
+        if (status.call == DriverCall::zero) throw CudaError(status, "scrubbing what another owner gave up");
+        if (!status.ok()) throw MappingFailed(status, range);
+        fresh.back().fixed = options.largest_extent > 0;
+        at = range.end;
+    }
+    return 0;
+}
+
+Bytes VirtualMemoryPool::try_fill_with_new(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh) {
     // Mapping ahead is worth a try, but not worth anyone else's memory: where it does not fit, exactly the gap is
     // taken.
     const Bytes far_end = open_ended_end(gap, options);
@@ -116,20 +149,24 @@ Bytes VirtualMemoryPool::open_ended_end(ByteRange gap, const AllocateOptions& op
     return table_.gap_end(gap.end, ahead < limit - gap.end ? gap.end + ahead : limit);
 }
 
-// The bytes are charged already. After a failure they are refunded, or, where the driver would not take back what was
-// made so far, the extent is kept as a parked one and the charge with it.
-Status VirtualMemoryPool::try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh) {
+// On new memory, or on what was handed over. The bytes are charged already. After a failure they are refunded, or,
+// where the driver would not take back what was made so far, the extent is kept as a parked one and the charge with it.
+Status VirtualMemoryPool::try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh,
+                                          std::shared_ptr<PhysicalExtent> handed) {
     Observed observed(EventKind::growth, options_.name);
-    auto physical = PhysicalExtent::try_create(driver_, range.size());
-    if (!physical.ok()) {
-        if (budget_) budget_->refund(range.size());
-        return physical.status();
-    }
+    const bool fresh_is_zero = driver_->capabilities().fresh_is_zero;
     Extent extent;
     extent.range = range;
-    extent.mapping = std::make_unique<Mapping>(range_, std::move(physical.value()), range.begin);
-    const bool fresh_is_zero = driver_->capabilities().fresh_is_zero;
-    extent.foreign = options_.scrub_fresh && !fresh_is_zero;
+    extent.foreign = handed != nullptr || (options_.scrub_fresh && !fresh_is_zero);
+    if (!handed) {
+        auto physical = PhysicalExtent::try_create(driver_, range.size());
+        if (!physical.ok()) {
+            if (budget_) budget_->refund(range.size());
+            return physical.status();
+        }
+        handed = std::move(physical.value());
+    }
+    extent.mapping = std::make_unique<Mapping>(range_, std::move(handed), range.begin);
     Status status = extent.mapping->try_make_accessible();
     if (status.ok() && zero && !fresh_is_zero) {
         status = driver_->zero(extent.mapping->address(), range.size());

@@ -28,11 +28,15 @@ struct PoolOptions {
     std::string name{};
     // New extents are zeroed, as the device may hand out what another owner wrote.
     bool scrub_fresh = false;
+    // Idle extents from this size on may go to another pool on the same budget as they are, see HandOver. Smaller ones
+    // go back to the device: it takes them as fast as they would be mapped again, and the other has fewer handles.
+    Bytes handed_over_from = 16 * MiB;
     // For backups of what is paused. Null: the pool has its own.
     std::shared_ptr<PinnedBuffers> pinned = nullptr;
 };
 
 class Grant;
+class HandOver;
 struct WaitOptions;
 
 struct AllocateOptions {
@@ -50,7 +54,8 @@ struct AllocateOptions {
     Bytes smallest_extent = 0;
     // Where memory is short, wait in line for it; null: don't. It lives until the call returns.
     const WaitOptions* wait = nullptr;
-    Grant* grant = nullptr;  // paid from before the budget is charged
+    Grant* grant = nullptr;         // paid from before the budget is charged
+    HandOver* hand_over = nullptr;  // taken from before new memory is made; told what lacks
 };
 
 // What becomes of the content of memory that is paused.

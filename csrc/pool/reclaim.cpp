@@ -99,7 +99,7 @@ bool VirtualMemoryPool::over_park_limit() const {
     return table_.totals().parked - table_.totals().ahead > park_limit();
 }
 
-Bytes VirtualMemoryPool::give_back_parked(Bytes wanted, IdleTime idle_until) {
+Bytes VirtualMemoryPool::give_back_parked(Bytes wanted, IdleTime idle_until, HandOver* to) {
     Bytes freed = 0;
     std::vector<Bytes> oldest_first;
     for (const bool ahead : {false, true}) {  // what was mapped ahead is about to be wanted, so it goes last
@@ -110,7 +110,7 @@ Bytes VirtualMemoryPool::give_back_parked(Bytes wanted, IdleTime idle_until) {
     }
     for (const Bytes begin : oldest_first) {
         if (freed >= wanted) break;
-        freed += try_give_back(*table_.find(begin)).value_or(0);
+        freed += try_give_back(*table_.find(begin), to).value_or(0);
     }
     return freed;
 }
@@ -127,22 +127,31 @@ Bytes VirtualMemoryPool::give_back_excess() {
 
 // Returns the bytes freed: all of the extent, and 0 where its memory lives on at another place or was the host's;
 // nothing where the driver refused or something is being written to it, and then it stays in the books.
-std::optional<Bytes> VirtualMemoryPool::try_give_back(Extent& extent) noexcept {
+std::optional<Bytes> VirtualMemoryPool::try_give_back(Extent& extent, HandOver* to) noexcept {
     if (extent.waking) return std::nullopt;
     if (extent.zeroing && !extent.zeroing->has_passed()) return std::nullopt;
     const Bytes size = extent.cost();
     const bool releases = !extent.shared();
     Observed observed(EventKind::reclaim, options_.name);
     Status status = extent.mapping->try_unmap();
-    if (status.ok() && releases) status = extent.mapping->extent().try_release();
+    const bool handed = status.ok() && to != nullptr && try_hand_over(extent, *to);
+    if (status.ok() && releases && !handed) status = extent.mapping->extent().try_release();
     if (!status.ok()) {
         ++reclaims_refused_;
         return std::nullopt;
     }
     table_.take(extent.range.begin);
-    if (budget_ && size > 0) budget_->refund(size);
+    if (budget_ && size > 0 && !handed) budget_->refund(size);
     observed.done(size, table_.totals().physical());
     return size;
+}
+
+// Of an idle extent that was unmapped. What other processes may have mapped, or what may still be mapped at a place
+// that the driver would not unmap, must not become anyone else's.
+bool VirtualMemoryPool::try_hand_over(Extent& extent, HandOver& to) noexcept {
+    const bool elsewhere = extent.places && (extent.places->count > 1 || extent.places->lost);
+    if (extent.exported || extent.spilled || elsewhere) return false;
+    return to.try_take(budget_.get(), *driver_, extent.mapping->shared_extent());
 }
 
 // For an extent that has no place in the books any more. What the driver refuses twice is never tried again and stays
@@ -186,7 +195,7 @@ void VirtualMemoryPool::discard(Extent extent) noexcept {
 
 Bytes VirtualMemoryPool::trim(Bytes wanted) { return reclaim(wanted, false); }
 
-Bytes VirtualMemoryPool::reclaim(Bytes wanted, bool wait, IdleTime idle_until) {
+Bytes VirtualMemoryPool::reclaim(Bytes wanted, bool wait, IdleTime idle_until, HandOver* to) {
     process_.require_same_process();
     std::unique_lock lock(mutex_);
     require_open();
@@ -201,7 +210,7 @@ Bytes VirtualMemoryPool::reclaim(Bytes wanted, bool wait, IdleTime idle_until) {
     const Bytes before = table_.totals().physical();
     settle_passed();
     const Bytes settled = before - table_.totals().physical();  // the host gives back as it settles
-    return settled >= wanted ? settled : settled + give_back_parked(wanted - settled, idle_until);
+    return settled >= wanted ? settled : settled + give_back_parked(wanted - settled, idle_until, to);
 }
 
 std::optional<IdleTime> VirtualMemoryPool::oldest_parked() const {

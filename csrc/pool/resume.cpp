@@ -25,7 +25,7 @@ Bytes VirtualMemoryPool::resume(const std::vector<ByteRange>& parts, const WaitO
     process_.require_same_process();
     Observed observed(EventKind::resume, options_.name);
     Bytes made = 0;
-    Bytes lacking = try_with_room([&] { return try_resume(parts, nullptr, made); });
+    Bytes lacking = try_with_room([&](HandOver&) { return try_resume(parts, nullptr, made); });
     while (lacking > 0) {
         if (wait == nullptr || !budget_) throw out_of_memory(lacking);
         const Bytes wanted = lacking;

@@ -45,7 +45,7 @@ Bytes VirtualMemoryPool::unspill(const std::vector<ByteRange>& parts) {
     process_.require_same_process();
     synchronize();
     Bytes moved = 0;
-    const Bytes lacking = try_with_room([&] { return try_unspill(parts, moved); });
+    const Bytes lacking = try_with_room([&](HandOver&) { return try_unspill(parts, moved); });
     if (lacking > 0) throw out_of_memory(lacking);
     return moved;
 }

@@ -30,8 +30,9 @@ struct MemoryStats {
     std::uint64_t prefetches_done = 0;
     std::uint64_t prefetches_dropped = 0;  // memory was short, or the driver refused
     std::uint64_t reclaims_refused = 0;  // the driver would not take an extent back; it stays parked and is tried again
-    Bytes created = 0;                   // ever taken from the device
-    Bytes released = 0;                  // ever given back to it
+    Bytes created = 0;                   // ever taken from the device, or from others on the same budget
+    Bytes released = 0;                  // ever given back to it, or to them
+    Bytes received = 0;                  // of `created`, what others handed over as it was
     Bytes abandoned = 0;                 // what was lost to such refusals when its owner died
     DriverCallTable driver_calls{};
 };

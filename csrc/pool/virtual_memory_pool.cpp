@@ -86,27 +86,33 @@ Address VirtualMemoryPool::allocate(Bytes offset, Bytes size, const AllocateOpti
         if (const Bytes wanted = not_held(offset, size); wanted > 0)
             return allocate_in_line(offset, size, options, wanted);
     }
-    const Bytes lacking = try_with_room([&] { return try_claim(offset, size, options); });
+    const Bytes lacking = try_with_room([&](HandOver& handed) {
+        AllocateOptions attempted = options;
+        attempted.hand_over = &handed;
+        return try_claim(offset, size, attempted);
+    });
     if (lacking == 0) return base_address() + offset;
     if (!may_wait) throw out_of_memory(lacking);
     return allocate_in_line(offset, size, options, lacking);
 }
 
 // Reclaiming takes other pools' locks and may wait for the device, so it happens between attempts, without our lock.
-Bytes VirtualMemoryPool::try_with_room(const std::function<Bytes()>& attempt) {
+Bytes VirtualMemoryPool::try_with_room(const std::function<Bytes(HandOver&)>& attempt) {
+    HandOver handed = hand_over();
     Bytes waited_for = 0;
     Bytes last = 0;
     for (int robbed = 0;;) {
-        const Bytes lacking = attempt();
+        const Bytes lacking = attempt(handed);
         if (lacking == 0) return 0;
+        if (handed.give_back() > 0) continue;  // it did not fit where it was wanted, but its room may do
         robbed = lacking == last ? robbed + 1 : 0;
         last = lacking;
-        if (robbed < most_robbed && make_room(lacking, false) > 0) continue;
+        if (robbed < most_robbed && make_room(lacking, false, &handed) > 0) continue;
         // What was idle here may have gone back to make room, and lacks too from then on.
         if (lacking <= waited_for) return lacking;
         // Tried again whatever that frees: the worker or another thread may give memory back meanwhile.
         waited_for = lacking;
-        make_room(lacking, true);
+        make_room(lacking, true, &handed);
     }
 }
 
@@ -173,8 +179,8 @@ Bytes VirtualMemoryPool::try_claim_all(std::span<const ByteRange> parts, const A
     return try_allocate(parts, options);
 }
 
-Bytes VirtualMemoryPool::make_room(Bytes lacking, bool wait) {
-    return budget_ ? budget_->make_room(lacking, wait) : reclaim(lacking, wait);
+Bytes VirtualMemoryPool::make_room(Bytes lacking, bool wait, HandOver* handed) {
+    return budget_ ? budget_->make_room(lacking, wait, handed) : reclaim(lacking, wait, any_time, handed);
 }
 
 Bytes VirtualMemoryPool::room() const {
@@ -364,6 +370,7 @@ MemoryStats VirtualMemoryPool::stats() const {
     stats.reclaims_refused = reclaims_refused_;
     stats.created = driver_->created();
     stats.released = driver_->released();
+    stats.received = driver_->received();
     stats.abandoned = driver_->abandoned();
     stats.driver_calls = driver_->table();
     return stats;

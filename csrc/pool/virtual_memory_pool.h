@@ -24,6 +24,7 @@
 #include "driver/fork_guard.h"
 #include "pool/budget.h"
 #include "pool/dormant.h"
+#include "pool/hand_over.h"
 #include "pool/options.h"
 #include "pool/page_table.h"
 #include "pool/retire_queue.h"
@@ -67,12 +68,14 @@ class VirtualMemoryPool {
     // The same for several parts, all or none of them. No two may share a page: InvalidArgument.
     Bytes try_claim_all(std::span<const ByteRange> parts, const AllocateOptions& options = {});
     // What allocate() does between attempts, without a lock: room for `lacking` bytes, from the budget's other pools
-    // too. Returns the bytes freed.
-    Bytes make_room(Bytes lacking, bool wait);
+    // too. What suits `handed`, which may be null, goes there. Returns the bytes freed, those included.
+    Bytes make_room(Bytes lacking, bool wait, HandOver* handed = nullptr);
     // Calls `attempt`, which returns the bytes that it lacked, and makes room in between, without a lock: for pools'
-    // own operations, and for callers of try_claim. Returns 0 once an attempt succeeded, or what lacks when no more can
-    // be had.
-    Bytes try_with_room(const std::function<Bytes()>& attempt);
+    // own operations, and for callers of try_claim. An attempt may pass on, as AllocateOptions::hand_over, what it is
+    // given. Returns 0 once an attempt succeeded, or what lacks when no more can be had.
+    Bytes try_with_room(const std::function<Bytes(HandOver&)>& attempt);
+    // For callers that make room themselves: what does not suit them after a failed attempt, they give back.
+    HandOver hand_over() const { return {driver_, budget_, page_size(), options_.handed_over_from}; }
     // What could be mapped now without taking it from others: room in the budget, or on the device where there is none,
     // and what is parked here. A hint, as others may be faster. Takes no lock of the pool.
     Bytes room() const;
@@ -128,8 +131,8 @@ class VirtualMemoryPool {
     // Gives parked memory back at once, at least `wanted` bytes if there are as many. Returns the bytes freed.
     Bytes trim(Bytes wanted = ~Bytes{0});
     // As trim, with `wait` after device work on retiring memory, and scrubbing, have finished. Only what has been idle
-    // since `idle_until` or longer.
-    Bytes reclaim(Bytes wanted, bool wait, IdleTime idle_until = any_time);
+    // since `idle_until` or longer. What suits `to` goes there and not to the device, and counts as freed.
+    Bytes reclaim(Bytes wanted, bool wait, IdleTime idle_until = any_time, HandOver* to = nullptr);
     // Since when the oldest parked extent has been idle; nothing where none is parked.
     std::optional<IdleTime> oldest_parked() const;
     // Gives back parked extents, then re-tiles extents that are partly idle: their live pages move to extents of their
@@ -218,12 +221,15 @@ class VirtualMemoryPool {
     Bytes try_fill_gaps(ByteRange pages, const AllocateOptions& options, std::vector<Extent>& fresh);
     Bytes extent_size(Bytes left, const AllocateOptions& options) const;
     Bytes try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh);
+    Bytes try_fill_with_new(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh);
+    void want(std::span<const ByteRange> parts, Bytes lacking, const AllocateOptions& options) const;
     bool try_charge(Bytes bytes, Grant* grant) noexcept;
     Bytes missing(Bytes offset, Bytes size) const;
     Bytes not_held(Bytes offset, Bytes size) const;
     Address allocate_in_line(Bytes offset, Bytes size, AllocateOptions options, Bytes lacking);
     Bytes open_ended_end(ByteRange gap, const AllocateOptions& options) const;
-    Status try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh);
+    Status try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh,
+                           std::shared_ptr<PhysicalExtent> handed = nullptr);
     void prepare_kept_extents(ByteRange bytes, const AllocateOptions& options, bool& zeroed,
                               std::vector<Extent*>& scrubbed);
     void order_after_earlier_users(ByteRange bytes, Stream stream);
@@ -253,9 +259,10 @@ class VirtualMemoryPool {
     void settle_passed(bool on_worker = false);
     bool over_park_limit() const;
     Bytes park_limit() const;
-    Bytes give_back_parked(Bytes wanted, IdleTime idle_until = any_time);
+    Bytes give_back_parked(Bytes wanted, IdleTime idle_until = any_time, HandOver* to = nullptr);
     Bytes give_back_excess();
-    std::optional<Bytes> try_give_back(Extent& extent) noexcept;
+    std::optional<Bytes> try_give_back(Extent& extent, HandOver* to = nullptr) noexcept;
+    bool try_hand_over(Extent& extent, HandOver& to) noexcept;
     void give_back_unparkable(bool on_worker);
     bool try_give_up(Extent extent) noexcept;
     void discard(Extent extent) noexcept;

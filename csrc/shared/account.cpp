@@ -27,6 +27,10 @@ Account::~Account() {
 
 bool Account::try_charge(Bytes bytes) noexcept { return ledger_->try_charge(id_, bytes); }
 void Account::refund(Bytes bytes) noexcept { ledger_->refund(id_, bytes); }
+bool Account::try_pass_on(Bytes bytes, Budget& to) noexcept {
+    const auto* const other = dynamic_cast<const Account*>(&to);
+    return other != nullptr && other->ledger_ == ledger_ && ledger_->try_pass_on(id_, other->id_, bytes);
+}
 Bytes Account::available() const noexcept { return ledger_->available(id_); }
 bool Account::in_demand() const noexcept { return ledger_->in_demand(); }
 void Account::note_refusal() noexcept { ledger_->note_refusal(id_); }
@@ -34,8 +38,8 @@ std::string Account::describe_holders() const { return common_->describe_holders
 int Account::priority() const noexcept { return ledger_->priority(id_); }
 Bytes Account::excess() const noexcept { return ledger_->excess(id_); }
 
-Bytes Account::make_room(Bytes wanted, bool wait) {
-    return common_->make_room(*this, wanted, wait, Clock::now() + look_again);
+Bytes Account::make_room(Bytes wanted, bool wait, HandOver* handed) {
+    return common_->make_room(*this, wanted, wait, Clock::now() + look_again, handed);
 }
 
 std::optional<Grant> Account::wait_for_room(Bytes bytes, const WaitOptions& wait) {
@@ -62,7 +66,7 @@ std::optional<Grant> Account::wait_for_room(Bytes bytes, const WaitOptions& wait
             const auto pause = std::min<Clock::duration>(left, look_again);
             granted = ledger_->sleep(place.id, static_cast<std::uint64_t>(std::chrono::nanoseconds(pause).count()));
             if (granted) break;
-            common_->make_room(*this, bytes, false, wait.deadline);
+            common_->make_room(*this, bytes, false, wait.deadline, nullptr);  // what is freed goes by turns
             ledger_->serve_waiters();
         }
     } catch (...) {
@@ -122,10 +126,10 @@ std::vector<std::shared_ptr<IdleHolder>> Account::idle_holders() const {
     return alive;
 }
 
-Bytes Account::reclaim(Bytes wanted, bool wait, IdleTime idle_until) noexcept {
+Bytes Account::reclaim(Bytes wanted, bool wait, IdleTime idle_until, HandOver* to) noexcept {
     try {
         const auto of = pool();
-        return of ? of->reclaim(wanted, wait, idle_until) : 0;
+        return of ? of->reclaim(wanted, wait, idle_until, to) : 0;
     } catch (const VmmError&) {
         return 0;  // closed since it was looked up: its memory is on its way back
     }

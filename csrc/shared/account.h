@@ -42,9 +42,10 @@ class Account final : public Budget {
     // --- as the budget of its pool; the rest of the ladder is PhysicalBudget's ---
     bool try_charge(Bytes bytes) noexcept override;
     void refund(Bytes bytes) noexcept override;
+    bool try_pass_on(Bytes bytes, Budget& to) noexcept override;
     Bytes available() const noexcept override;
     bool in_demand() const noexcept override;
-    Bytes make_room(Bytes wanted, bool wait) override;
+    Bytes make_room(Bytes wanted, bool wait, HandOver* handed) override;
     std::optional<Grant> wait_for_room(Bytes bytes, const WaitOptions& wait) override;
     void add_idle_holder(const std::weak_ptr<IdleHolder>& holder) override;
     std::string describe_holders() const override;
@@ -68,8 +69,9 @@ class Account final : public Budget {
     // --- what the ladder does with it ---
     std::shared_ptr<VirtualMemoryPool> pool() const;
     std::vector<std::shared_ptr<IdleHolder>> idle_holders() const;
-    // Gives parked memory back; with `wait` what retires as well. 0 where the pool is closed or gone.
-    Bytes reclaim(Bytes wanted, bool wait, IdleTime idle_until = any_time) noexcept;
+    // Gives parked memory back, or to `to` what suits it; with `wait` what retires as well. 0 where the pool is closed
+    // or gone.
+    Bytes reclaim(Bytes wanted, bool wait, IdleTime idle_until = any_time, HandOver* to = nullptr) noexcept;
     std::optional<IdleTime> oldest_parked() const noexcept;
     void press(const PressureRequest& request) noexcept;
     // Its pool's statistics to the ledger.

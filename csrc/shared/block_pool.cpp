@@ -80,14 +80,18 @@ ByteRange BlockPool::bytes_of(std::uint64_t extent) const {
 void BlockPool::allocate(std::span<BlockId> out, Stream stream) {
     process_.require_same_process();
     VirtualMemoryPool& pool = model()->pool();
-    const Bytes lacking = pool.try_with_room([&] {
+    const Bytes lacking = pool.try_with_room([&](HandOver& handed) {
         const std::lock_guard lock(mutex_);
-        return try_allocate(out, stream);
+        AllocateOptions options;
+        options.stream = stream;
+        options.largest_extent = layout_.extent;
+        options.hand_over = &handed;
+        return try_allocate(out, options);
     });
     if (lacking > 0) throw pool.out_of_memory(lacking);
 }
 
-Bytes BlockPool::try_allocate(std::span<BlockId> out, Stream stream) {
+Bytes BlockPool::try_allocate(std::span<BlockId> out, const AllocateOptions& options) {
     require_open();
     region_->require_awake();
     const std::uint64_t free = map_.blocks() - map_.held();
@@ -96,20 +100,20 @@ Bytes BlockPool::try_allocate(std::span<BlockId> out, Stream stream) {
                                  "which is " + std::to_string(out.size()) + " blocks, but " + std::to_string(free) +
                                      " of the block pool's " + std::to_string(map_.blocks()) + " are free");
     }
-    if (asynchronous_) order_after_others(stream);
+    if (asynchronous_) order_after_others(options.stream);
     const std::uint64_t whole = map_.worth_whole(out.size());
-    Bytes lacking = try_take(out, whole, stream);
-    if (lacking > 0 && whole > 0) lacking = try_take(out, 0, stream);
+    Bytes lacking = try_take(out, whole, options);
+    if (lacking > 0 && whole > 0) lacking = try_take(out, 0, options);
     return lacking;
 }
 
-Bytes BlockPool::try_take(std::span<BlockId> out, std::uint64_t whole_extents, Stream stream) {
+Bytes BlockPool::try_take(std::span<BlockId> out, std::uint64_t whole_extents, const AllocateOptions& options) {
     const std::uint64_t whole = whole_extents * layout_.blocks_per_extent();
     const std::uint64_t rest = out.size() - whole;
     const std::uint64_t missing = whole + (rest > map_.free_mapped() ? rest - map_.free_mapped() : 0);
     if (missing > 0) {
         const std::vector<std::uint64_t> extents = map_.extents_for(missing, parked_extents());
-        if (const Bytes lacking = try_map(extents, stream); lacking > 0) return lacking;
+        if (const Bytes lacking = try_map(extents, options); lacking > 0) return lacking;
         for (std::uint64_t i = 0; i < whole_extents; ++i) out = out.subspan(map_.take_from(extents[i], out));
     }
     map_.take(out);
@@ -143,16 +147,13 @@ void BlockPool::map_ahead() {
     }
 }
 
-Bytes BlockPool::try_map(const std::vector<std::uint64_t>& extents, Stream stream) {
-    AllocateOptions options;
-    options.stream = stream;
-    options.largest_extent = layout_.extent;
+Bytes BlockPool::try_map(const std::vector<std::uint64_t>& extents, const AllocateOptions& options) {
     std::vector<ByteRange> parts;
     for (const std::uint64_t extent : extents) parts.push_back(bytes_of(extent));
     if (const Bytes lacking = region_->try_claim(std::move(parts), options); lacking > 0) return lacking;
     // Of equal ones the last is filled first: let that be the lowest.
     for (auto extent = extents.rbegin(); extent != extents.rend(); ++extent) map_.map(*extent);
-    if (asynchronous_) mark(stream);  // the pool has ordered this stream, and no other, after scrubbing
+    if (asynchronous_) mark(options.stream);  // the pool has ordered this stream, and no other, after scrubbing
     return 0;
 }
 

@@ -102,11 +102,11 @@ class BlockPool {
     void require_open() const;  // under the lock
     ByteRange bytes_of(std::uint64_t extent) const;
     // Return the bytes that room is needed for, 0 where they succeeded.
-    Bytes try_allocate(std::span<BlockId> out, Stream stream);
-    Bytes try_take(std::span<BlockId> out, std::uint64_t whole_extents, Stream stream);
+    Bytes try_allocate(std::span<BlockId> out, const AllocateOptions& options);
+    Bytes try_take(std::span<BlockId> out, std::uint64_t whole_extents, const AllocateOptions& options);
     std::vector<std::uint64_t> parked_extents() const;
     void map_ahead();
-    Bytes try_map(const std::vector<std::uint64_t>& extents, Stream stream);
+    Bytes try_map(const std::vector<std::uint64_t>& extents, const AllocateOptions& options);
     void order_after_others(Stream stream);
     void mark(Stream stream);
     void give_back(const std::vector<std::uint64_t>& extents, std::span<const Stream> streams);

@@ -69,6 +69,23 @@ void Ledger::refund(ClientId id, Bytes bytes) noexcept {
     });
 }
 
+// Where the process dies in between, both entries go with it.
+bool Ledger::try_pass_on(ClientId from, ClientId to, Bytes bytes) noexcept {
+    return locked([&] {
+        if (get(client(from).member) != get(client(to).member)) return false;
+        const auto change = [&](LedgerClient& one, Bytes add, Bytes subtract) {
+            const Bytes held = held_by(one);
+            put(one.charged, get(one.charged) + add - subtract);
+            adjust_sums(one, held, held + add - subtract);
+        };
+        change(client(from), 0, bytes);
+        const Shortage lacking = shortage_under_lock(client(to), bytes);
+        const bool fits = lacking.own == 0 && lacking.common == 0;
+        change(client(fits ? to : from), bytes, 0);
+        return fits;
+    });
+}
+
 Shortage Ledger::shortage(ClientId id, Bytes bytes) const noexcept {
     return locked([&] { return shortage_under_lock(client(id), bytes); });
 }

@@ -71,6 +71,9 @@ class Ledger {
 
     bool try_charge(ClientId id, Bytes bytes) noexcept;
     void refund(ClientId id, Bytes bytes) noexcept;
+    // The charge becomes another client's, of the same process, as if `to` had charged what `from` refunded, and nobody
+    // could come in between. False, and nothing has changed, where that charge would not have fitted.
+    bool try_pass_on(ClientId from, ClientId to, Bytes bytes) noexcept;
     Shortage shortage(ClientId id, Bytes bytes) const noexcept;
     // Whether it could fit if all others gave back what they were not promised.
     bool can_ever_fit(ClientId id, Bytes bytes) const noexcept;

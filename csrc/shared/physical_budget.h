@@ -31,8 +31,10 @@ class PhysicalBudget : public std::enable_shared_from_this<PhysicalBudget> {
     //   4. the same of other processes, those that hold most beyond their reserves first;
     //   5. with `wait`, memory that retires, after waiting for the device; then pressure callbacks of others with lower
     //      priority, lowest first, and then those in other processes.
-    // Where its own limit is in the way, only its own memory helps. Called with no lock held. Returns the bytes freed.
-    Bytes make_room(Account& asker, Bytes wanted, bool wait, std::chrono::steady_clock::time_point until);
+    // Where its own limit is in the way, only its own memory helps. Called with no lock held. Parked extents of this
+    // process that suit `handed`, which may be null, go there. Returns the bytes freed, those included.
+    Bytes make_room(Account& asker, Bytes wanted, bool wait, std::chrono::steady_clock::time_point until,
+                    HandOver* handed);
     // Gives all parked memory, and what IdleHolders keep, back. Returns the bytes freed.
     Bytes trim();
     std::string describe_holders() const;

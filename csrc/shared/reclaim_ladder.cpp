@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <set>
 
+#include "pool/hand_over.h"
 #include "shared/physical_budget.h"
 
 namespace elastikv {
@@ -19,8 +20,9 @@ std::uint64_t nanoseconds_of(Clock::time_point time) {
 // One request for room: what still lacks, and the steps.
 class Ladder {
   public:
-    Ladder(Ledger& ledger, const Account& asker, Bytes wanted) : ledger_(ledger), asker_(&asker), wanted_(wanted) {
-        const Shortage shortage = ledger_.shortage(asker_->id(), wanted_);
+    Ladder(Ledger& ledger, const Account& asker, Bytes wanted, HandOver* handed)
+        : ledger_(ledger), asker_(&asker), wanted_(wanted), handed_(handed) {
+        const Shortage shortage = ledger_.shortage(asker_->id(), uncharged());
         by_count_ = shortage.own == 0 && shortage.common == 0;
     }
     // For another process, of whose charge nothing is known here.
@@ -30,16 +32,21 @@ class Ladder {
     // then what was freed counts.
     Bytes lacking() const {
         if (by_count_) return freed_ < wanted_ ? wanted_ - freed_ : 0;
-        const Shortage shortage = ledger_.shortage(asker_->id(), wanted_);
+        const Shortage shortage = ledger_.shortage(asker_->id(), uncharged());
         return std::max(shortage.own, shortage.common);
     }
-    bool only_own_helps() const { return !by_count_ && ledger_.shortage(asker_->id(), wanted_).own > 0; }
+    bool only_own_helps() const { return !by_count_ && ledger_.shortage(asker_->id(), uncharged()).own > 0; }
+    // What was handed over is charged to the asker already.
+    Bytes uncharged() const {
+        const Bytes charged = handed_ == nullptr ? 0 : handed_->total();
+        return wanted_ > charged ? wanted_ - charged : 0;
+    }
     Bytes freed() const { return freed_; }
     void count(Bytes freed) { freed_ += freed; }
 
     void take_parked(Account& of, bool wait) {
         const Bytes most = share(of);
-        if (most > 0) freed_ += of.reclaim(most, wait);
+        if (most > 0) freed_ += of.reclaim(most, wait, any_time, handed_);
     }
 
     // Pool by pool in turn, each as far as it is the one with the oldest.
@@ -63,7 +70,7 @@ class Ladder {
             }
             const Bytes most = oldest != nullptr ? share(*oldest) : 0;
             if (oldest == nullptr || lacking() == 0) return;
-            const Bytes got = most > 0 ? oldest->reclaim(most, false, next) : 0;
+            const Bytes got = most > 0 ? oldest->reclaim(most, false, next, handed_) : 0;
             freed_ += got;
             if (got == 0) exhausted.insert(oldest);  // at its reserve, or its driver refuses
         }
@@ -87,7 +94,7 @@ class Ladder {
             const Bytes before = each.account->quota().charged;
             const Bytes released = each.holder->release_idle(most);
             if (released == 0) continue;
-            const Bytes reclaimed = each.account->reclaim(released, false);
+            const Bytes reclaimed = each.account->reclaim(released, false, any_time, handed_);
             const Bytes after = each.account->quota().charged;
             freed_ += std::max(reclaimed, before > after ? before - after : 0);
         }
@@ -118,6 +125,7 @@ class Ladder {
     Ledger& ledger_;
     const Account* const asker_ = nullptr;
     const Bytes wanted_;
+    HandOver* const handed_ = nullptr;
     bool by_count_;
     Bytes freed_ = 0;
 };
@@ -127,9 +135,9 @@ thread_local bool serving = false;
 
 }  // namespace
 
-Bytes PhysicalBudget::make_room(Account& asker, Bytes wanted, bool wait, Clock::time_point until) {
+Bytes PhysicalBudget::make_room(Account& asker, Bytes wanted, bool wait, Clock::time_point until, HandOver* handed) {
     if (membership_) ledger_->reap();
-    Ladder ladder(*ledger_, asker, wanted);
+    Ladder ladder(*ledger_, asker, wanted, handed);
     const Accounts all = accounts();
     Accounts own;
     Accounts others;
@@ -143,13 +151,13 @@ Bytes PhysicalBudget::make_room(Account& asker, Bytes wanted, bool wait, Clock::
     }
     if (ladder.lacking() > 0) ladder.take_oldest_parked(others);
     if (ladder.lacking() > 0) ladder.take_idle(all);
-    if (ladder.lacking() > 0) ladder.count(ask_others(asker, wanted, ask_idle, until));
+    if (ladder.lacking() > 0) ladder.count(ask_others(asker, ladder.uncharged(), ask_idle, until));
     if (!wait) return ladder.freed();
 
     ladder.take_parked(asker, true);
     for (const AccountPtr& each : others) ladder.take_parked(*each, true);
     if (ladder.lacking() > 0) ladder.press(others, asker.priority(), until);
-    if (ladder.lacking() > 0) ladder.count(ask_others(asker, wanted, ask_all, until));
+    if (ladder.lacking() > 0) ladder.count(ask_others(asker, ladder.uncharged(), ask_all, until));
     return ladder.freed();
 }
 

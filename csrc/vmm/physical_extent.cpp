@@ -53,6 +53,13 @@ Result<UniqueFd> PhysicalExtent::try_export() const noexcept {
     return UniqueFd(fd);
 }
 
+void PhysicalExtent::pass_to(MeteredDriverPtr driver) noexcept {
+    driver_->note_released(size_);
+    driver->note_created(size_);
+    driver->note_received(size_);
+    driver_ = std::move(driver);
+}
+
 void PhysicalExtent::abandon() noexcept {
     if (owned_) driver_->abandon(size_);
     owned_ = false;

@@ -26,6 +26,8 @@ class PhysicalExtent {
     Status try_release() noexcept;
     // Gives the handle up without releasing it, and counts it as abandoned. For an owner whose ledger keeps it charged.
     void abandon() noexcept;
+    // From now on `driver`, which is over the same one as its own, accounts for it: as received here, released there.
+    void pass_to(MeteredDriverPtr driver) noexcept;
 
     Result<UniqueFd> try_export() const noexcept;
 

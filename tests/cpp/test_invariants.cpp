@@ -106,13 +106,14 @@ class CuriousBudget final : public Budget {
   public:
     bool try_charge(Bytes bytes) noexcept override { return account_->try_charge(bytes); }
     void refund(Bytes bytes) noexcept override { account_->refund(bytes); }
+    bool try_pass_on(Bytes bytes, Budget& to) noexcept override { return account_->try_pass_on(bytes, to); }
     Bytes available() const noexcept override { return account_->available(); }
     bool in_demand() const noexcept override { return account_->in_demand(); }
     std::optional<Grant> wait_for_room(Bytes bytes, const WaitOptions& wait) override {
         return account_->wait_for_room(bytes, wait);
     }
     void note_refusal() noexcept override { account_->note_refusal(); }
-    Bytes make_room(Bytes wanted, bool wait) override {
+    Bytes make_room(Bytes wanted, bool wait, HandOver*) override {
         ++asked;
         (void)pool->stats();
         (void)pool->is_mapped(0, 1);

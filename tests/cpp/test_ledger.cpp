@@ -176,6 +176,28 @@ TEST_CASE("a charge without waiting does not overtake a waiter of its own or a h
     require_sound(*at.ledger);
 }
 
+TEST_CASE("a charge that is passed on is nobody's at no moment, and overtakes no waiter", "[ledger][wait]") {
+    const auto ledger = Ledger::in_private_memory(100);
+    const auto giver = ledger->open_client("giver", {});
+    const auto taker = ledger->open_client("taker", {.limit = 60});
+    const auto holder = ledger->open_client("holder", {.reserve = 20});
+    REQUIRE(ledger->try_charge(giver, 80));
+    CHECK_FALSE(ledger->try_pass_on(giver, taker, 61));
+    CHECK(ledger->try_pass_on(giver, taker, 40));
+    CHECK(ledger->stats(giver).charged == 40);
+    CHECK(ledger->stats(taker).charged == 40);
+    CHECK(ledger->totals().peak == 80);
+    REQUIRE(ledger->try_charge(holder, 20));
+    CHECK_FALSE(ledger->try_pass_on(holder, taker, 10));  // the reserve would be short of it
+    const auto waiting = ledger->enter_wait(giver, 30);
+    CHECK_FALSE(ledger->try_pass_on(taker, taker, 10));  // the next that is freed is the waiter's
+    CHECK_FALSE(ledger->sleep(waiting, 0));
+    CHECK_FALSE(ledger->leave_wait(waiting));
+    CHECK(ledger->try_pass_on(taker, taker, 10));
+    CHECK(ledger->totals().charged == 100);
+    require_sound(*ledger);
+}
+
 TEST_CASE("a large request is not starved by small ones, nor a low priority by high ones", "[ledger][wait]") {
     Queue at;
     const auto low = at.ledger->open_client("low", {});
@@ -315,6 +337,22 @@ TEST_CASE("property: the ledger does as a plain model of it", "[ledger][quota][p
         } else if (random.one_in(40) && mine->charged == 0) {
             ledger->close_client(ids[which]);
             mine.reset();
+        } else if (random.one_in(8) && mine->charged > 0) {
+            const std::size_t to = random.below(plain.size());
+            if (!plain[to]) continue;
+            const Bytes bytes = 1 + random.below(mine->charged);
+            PlainClient given = *mine;
+            given.charged -= bytes;
+            PlainClient taken = to == which ? given : *plain[to];
+            const Bytes before = committed(taken);
+            taken.charged += bytes;
+            const Bytes after = to == which
+                                    ? sum(committed)
+                                    : sum(committed) - committed(*mine) + committed(given) - before + committed(taken);
+            const bool fits = taken.charged <= taken.limit && (committed(taken) == before || after <= limit);
+            if (ledger->try_pass_on(ids[which], ids[to], bytes) != fits) FAIL("step " << step << ": pass on " << bytes);
+            if (fits) mine = given;
+            if (fits) plain[to] = taken;
         } else if (random.one_in(2)) {
             const Bytes bytes = 1 + random.below(120);
             PlainClient after = *mine;

@@ -300,7 +300,7 @@ TEST_CASE("bytes never pass from one model to another, over many hand-overs", "[
     const auto host = std::make_shared<HostDriver>();
     const auto dirty = std::make_shared<DirtyDriver>(host);
     const Bytes page = host->capabilities().granularity;
-    SharedMemoryPool shared(4 * page, dirty, {.park_limit = 8 * page});
+    SharedMemoryPool shared(4 * page, dirty, {.park_limit = 8 * page, .handed_over_from = page});
     const std::array<ModelPtr, 2> models{shared.register_model("one", MiB), shared.register_model("two", MiB)};
     const std::uint64_t rounds = test_steps(10'000);
     std::uint64_t leaks = 0;
@@ -315,6 +315,7 @@ TEST_CASE("bytes never pass from one model to another, over many hand-overs", "[
         mine.deallocate(address - mine.base_address(), 4 * page);
     }
     CHECK(leaks == 0);
+    CHECK(models[1]->stats().received > 0);
     CHECK(models[0]->stats().physical_usage + models[1]->stats().physical_usage <= 4 * page);
 }
 

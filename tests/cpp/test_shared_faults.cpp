@@ -19,7 +19,8 @@ struct SharedUnderFaults {
             faults->let_pass();
         }
         page = host->capabilities().granularity;
-        shared = std::make_unique<SharedMemoryPool>(16 * page, faults, PoolOptions{.park_limit = 4 * page});
+        shared = std::make_unique<SharedMemoryPool>(16 * page, faults,
+                                                    PoolOptions{.park_limit = 4 * page, .handed_over_from = page});
         one = shared->register_model("one", 64 * page);
         two = shared->register_model("two", 64 * page);
         kept = one->allocate(2 * page);

@@ -15,7 +15,8 @@ struct TwoModels {
         DriverPtr driver = std::make_shared<DirtyDriver>(host);
         if (lags) driver = lagging = std::make_shared<LaggingDriver>(driver);
         page = driver->capabilities().granularity;
-        shared = std::make_unique<SharedMemoryPool>(64 * page, driver, PoolOptions{.park_limit = 8 * page});
+        shared = std::make_unique<SharedMemoryPool>(64 * page, driver,
+                                                    PoolOptions{.park_limit = 8 * page, .handed_over_from = page});
         models = {shared->register_model("one", 128 * page), shared->register_model("two", 128 * page)};
     }
     void settle() {

@@ -15,14 +15,15 @@ constexpr std::size_t model_count = 3;
 
 struct Workbench {
     explicit Workbench(bool asynchronous) {
-        const auto faults = std::make_shared<FaultDriver>(watching);
+        const auto faults = std::make_shared<FaultDriver>(std::make_shared<DirtyDriver>(watching));
         if (asynchronous) {
             faults->hold_fences();
             faults->let_pass();
         }
         page = host->capabilities().granularity;
         // Tight: eight threads that each hold a few pages pass it now and then.
-        shared = std::make_unique<SharedMemoryPool>(32 * page, faults, PoolOptions{.park_limit = 8 * page});
+        shared = std::make_unique<SharedMemoryPool>(32 * page, faults,
+                                                    PoolOptions{.park_limit = 8 * page, .handed_over_from = page});
         for (std::size_t i = 0; i < model_count; ++i) {
             models.push_back(shared->register_model("model " + std::to_string(i), 512 * page));
         }

@@ -95,9 +95,10 @@ class RivalBudget final : public Budget {
   public:
     bool try_charge(Bytes) noexcept override { return false; }
     void refund(Bytes) noexcept override {}
+    bool try_pass_on(Bytes, Budget&) noexcept override { return false; }
     Bytes available() const noexcept override { return 0; }
     bool in_demand() const noexcept override { return false; }
-    Bytes make_room(Bytes wanted, bool) override {
+    Bytes make_room(Bytes wanted, bool, HandOver*) override {
         if (++asked > 10'000) throw InvalidArgument("asked for ever");
         return wanted;
     }

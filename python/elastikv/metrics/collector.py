@@ -65,8 +65,9 @@ QUOTA_COUNTERS = (
     ("refusals", "refusals", "Requests that failed for want of physical memory."),
 )
 MODEL_COUNTERS = (
-    ("created", "grown_bytes", "Bytes ever taken from the device."),
-    ("released", "reclaimed_bytes", "Bytes ever given back to the device."),
+    ("created", "grown_bytes", "Bytes ever taken from the device, or from other models."),
+    ("released", "reclaimed_bytes", "Bytes ever given back to the device, or to other models."),
+    ("received", "received_bytes", "Of the bytes grown, those that other models handed over."),
     ("prefetches_done", "prefetches", "Ranges mapped ahead in the background."),
     ("prefetches_dropped", "prefetches_dropped", "Mappings ahead that were dropped, for want of memory."),
     ("reclaims_refused", "reclaims_refused", "Times the driver refused to take an extent back."),

@@ -1,0 +1,77 @@
+#include "pool/hand_over.h"
+
+#include <algorithm>
+#include <new>
+#include <utility>
+
+namespace elastikv {
+
+HandOver::HandOver(MeteredDriverPtr driver, std::shared_ptr<Budget> budget, Bytes page, Bytes smallest)
+    : driver_(std::move(driver)), budget_(std::move(budget)), page_(page), smallest_(smallest) {}
+
+// Where the system hands out zeros, the way through it is the cheaper one: it zeroes what is touched, and only that.
+void HandOver::want(Bytes total, Bytes largest, bool exact) noexcept {
+    wanted_ = driver_->capabilities().fresh_is_zero ? 0 : total;
+    largest_ = largest;
+    exact_ = exact;
+}
+
+bool HandOver::suits(Bytes size) const noexcept {
+    if (size < smallest_ || size % page_ != 0 || size > wanted_ || total_ > wanted_ - size) return false;
+    return exact_ ? size == largest_ : size <= largest_;
+}
+
+bool HandOver::try_take(Budget* giver, const MeteredDriver& driver,
+                        const std::shared_ptr<PhysicalExtent>& extent) noexcept {
+    const Bytes size = extent->size();
+    if (!suits(size) || !driver_->is_over_the_same(driver)) return false;
+    if ((giver == nullptr) != (budget_ == nullptr)) return false;
+    try {
+        extents_.reserve(extents_.size() + 1);
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
+    if (giver != nullptr && !giver->try_pass_on(size, *budget_)) return false;
+    extent->pass_to(driver_);
+    const auto smaller =
+        std::find_if(extents_.begin(), extents_.end(), [size](const auto& each) { return each->size() < size; });
+    extents_.insert(smaller, extent);
+    total_ += size;
+    return true;
+}
+
+Bytes HandOver::fitting(Bytes gap) const noexcept {
+    Bytes filled = 0;
+    for (const auto& each : extents_) {
+        const bool fits = exact_ ? each->size() == gap : each->size() <= gap - filled;
+        if (fits) filled += each->size();
+        if (fits && exact_) break;
+    }
+    return filled;
+}
+
+std::shared_ptr<PhysicalExtent> HandOver::next(Bytes left) noexcept {
+    const auto fits =
+        std::find_if(extents_.begin(), extents_.end(), [left](const auto& each) { return each->size() <= left; });
+    std::shared_ptr<PhysicalExtent> taken = std::move(*fits);
+    extents_.erase(fits);
+    total_ -= taken->size();
+    return taken;
+}
+
+Bytes HandOver::give_back() noexcept {
+    Bytes freed = 0;
+    for (const auto& each : extents_) {
+        if (each->try_release().ok() || each->try_release().ok()) {
+            if (budget_) budget_->refund(each->size());
+            freed += each->size();
+        } else {
+            each->abandon();
+        }
+    }
+    extents_.clear();
+    total_ = 0;
+    return freed;
+}
+
+}  // namespace elastikv
