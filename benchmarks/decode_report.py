@@ -7,7 +7,7 @@ from typing import Any
 
 BASELINES = ("dynamic", "dynamic, flash", "static", "static, compiled")
 #: Columns of the table, as far as they were run. Ways of one point only stand in a sentence below it.
-COLUMNS = ("graph", "graph, resident", "eager", "dynamic", "dynamic, flash", "static")
+COLUMNS = ("graph", "graph, resident", "eager", "eager, sdpa", "dynamic", "dynamic, flash", "static")
 Bar = tuple[str, float, float, bool]
 
 

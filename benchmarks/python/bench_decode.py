@@ -12,6 +12,7 @@ each other closely take their steps by turns. Ways:
     graph, resident  the same over rows that are wholly mapped from the start
     graph, compiled  the same with the rest of the model compiled (one point)
     eager            the model with an ElasticCache and attention 'elastikv', as generate() calls it
+    eager, sdpa      the model with an ElasticCache and its own attention, SDPA's flash back end forced
     dynamic          DynamicCache, as it comes
     dynamic, flash   DynamicCache with SDPA's flash back end forced, its best
     static           StaticCache
@@ -44,7 +45,7 @@ import decode_report  # noqa: E402
 #: Ways that run together, and how many steps of each are timed, in a full and in a quick run.
 RACES = {
     "graphs": (("graph", "graph, resident"), 128, 64),
-    "eager": (("eager", "dynamic, flash"), 40, 30),
+    "eager": (("eager", "dynamic, flash", "eager, sdpa"), 40, 30),
     "dynamic": (("dynamic",), 10, 10),
     "static": (("static",), 16, 16),
     "rest": (("graph, compiled",), 64, 64),

@@ -65,6 +65,7 @@ class Model:
             "graph, resident": self._graph,
             "graph, compiled": self._graph,
             "eager": self._eager,
+            "eager, sdpa": self._eager,
             "dynamic": self._dynamic,
             "dynamic, flash": self._dynamic,
             "static": self._static,
@@ -122,8 +123,10 @@ class Model:
     # ---- the ways
 
     @contextlib.contextmanager
-    def _elastic(self, batch: int, tokens: int, room: int) -> Iterator[tuple[ElasticCache, elastikv.Model]]:
-        """An ElasticCache that holds so many tokens, on a pool of its own."""
+    def _elastic(
+        self, batch: int, tokens: int, room: int, attention: str = "elastikv"
+    ) -> Iterator[tuple[ElasticCache, elastikv.Model]]:
+        """An ElasticCache that holds so many tokens, on a pool of its own, for a model with this attention."""
         needed = batch * (tokens + room) * self.token_bytes
         with elastikv.SharedMemoryPool(2 * needed + (1 << 30), self.device) as pool:
             handle = pool.register_model("bench", virtual_capacity=1 << 44)
@@ -132,7 +135,7 @@ class Model:
             cache = ElasticCache(config, model=handle, max_batch=batch, max_tokens=tokens + room)
             try:
                 self._fill(cache, batch, tokens)
-                config._attn_implementation = "elastikv"
+                config._attn_implementation = attention
                 yield cache, handle
             finally:
                 cache.close()
@@ -168,8 +171,9 @@ class Model:
 
     @contextlib.contextmanager
     def _eager(self, name: str, batch: int, tokens: int, steps: int) -> Iterator[Way]:
-        with self._elastic(batch, tokens, WARM + steps + ROOM) as (cache, handle):
-            way = Way(self._one_token(cache, batch), "elastikv")
+        attention = "elastikv" if name == "eager" else "sdpa"
+        with self._elastic(batch, tokens, WARM + steps + ROOM, attention) as (cache, handle):
+            way = Way(self._one_token(cache, batch), attention, flash=attention == "sdpa")
             yield way
             way.row["bytes"] = handle.stats().peak_physical
 

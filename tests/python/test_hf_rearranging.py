@@ -33,7 +33,7 @@ def model(shared):
 def cache(model):
     geometry = KVGeometry((None,) * LAYERS, (SHAPE,) * LAYERS)
     with torch.inference_mode():
-        yield ElasticCache(geometry, model=model, max_batch=4, max_tokens=20_000)
+        yield ElasticCache(geometry, model=model, max_batch=4, max_tokens=40_000)
 
 
 def states(device: str, batch: int, tokens: int = 1, seed: int = 0) -> list[torch.Tensor]:
