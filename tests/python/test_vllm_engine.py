@@ -120,6 +120,12 @@ def test_what_is_refused():
         Engine.of(config_of(parallel_config=ranks), in_process=True)
     with pytest.raises(NotSupported, match="KV connectors"):
         Engine.of(config_of(kv_transfer_config=object()), in_process=True)
+    experts = SimpleNamespace(served_model_name="chat", model="x", enable_return_routed_experts=True)
+    assert Engine.of(config_of(model_config=experts), in_process=True).name == "chat"
+    with pytest.raises(NotSupported, match="LAYOUT=blocks"):
+        Engine.of(
+            config_of(model_config=experts, additional_config={"elastikv": {"layout": "layers"}}), in_process=True
+        )
     engine = Engine.of(config_of(), in_process=True)
     engine.memory = object()
     with pytest.raises(NotSupported, match="no block pool"):
