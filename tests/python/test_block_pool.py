@@ -39,6 +39,23 @@ def test_memory_comes_with_the_first_block_and_goes_with_the_last(shared, model,
     assert settled_usage(shared, model) == 0
 
 
+def test_extents_ahead_are_there_and_go_with_what_is_in_use(shared, model, page_size):
+    pool = make(model, 128, ahead_bytes=2 * page_size)
+    assert pool.ahead_bytes == 2 * page_size and make(model).ahead_bytes == 0
+    assert make(model, ahead_bytes=1).ahead_bytes == page_size
+    ids = pool.allocate(64)
+    model.drain()
+    assert model.stats().parked == 2 * page_size and pool.physical_bytes == 16 * page_size
+    created = model.stats().driver_calls["create"].count
+    more = pool.allocate(4)
+    assert model.stats().driver_calls["create"].count == created
+    pool.free(ids)
+    pool.free(more)
+    assert settled_usage(shared, model) == 0
+    with pytest.raises(elastikv.InvalidSize):
+        make(model, ahead_bytes=-1)
+
+
 def test_layers_are_strided_views_of_the_same_blocks(model, device):
     pool = make(model)
     layers = [pool.layer(i) for i in range(LAYERS)]

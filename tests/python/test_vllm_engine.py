@@ -15,7 +15,7 @@ import torch
 
 import elastikv
 from elastikv.vllm.engine import Engine, NotSupported
-from elastikv.vllm.patches import blocks_named
+from elastikv.vllm.patches import blocks_named, blocks_to_allocate
 from elastikv.vllm.settings import Settings
 from elastikv.vllm.versions import PATCHES, Patch, version_of
 from vllm_engine import BLOCK, HostEngine, cache_config, request_of
@@ -120,10 +120,45 @@ def test_what_is_refused():
         Engine.of(config_of(parallel_config=ranks), in_process=True)
     with pytest.raises(NotSupported, match="KV connectors"):
         Engine.of(config_of(kv_transfer_config=object()), in_process=True)
+    experts = SimpleNamespace(served_model_name="chat", model="x", enable_return_routed_experts=True)
+    assert Engine.of(config_of(model_config=experts), in_process=True).name == "chat"
+    with pytest.raises(NotSupported, match="LAYOUT=blocks"):
+        Engine.of(
+            config_of(model_config=experts, additional_config={"elastikv": {"layout": "layers"}}), in_process=True
+        )
     engine = Engine.of(config_of(), in_process=True)
     engine.memory = object()
     with pytest.raises(NotSupported, match="no block pool"):
         engine.started()
+
+
+def test_what_counts_blocks_is_called_as_before():
+    """Whatever its parameters are in this version, and blocks are secured for what it says."""
+    asked = []
+    pool = SimpleNamespace(secure=lambda n, at_once: asked.append((n, at_once)))
+    one = SimpleNamespace(block_pool=pool)
+
+    def oldest(self, request, tokens, blocks=()):
+        return tokens // 16
+
+    def newest(self, request, tokens, *, apply_admission_cap=False, **rest):
+        return tokens // 16 + len(rest)
+
+    def any_number(self, *args, tokens):
+        return len(args) + tokens
+
+    for original, args, options, expected in (
+        (oldest, ("a", 32), {}, (2, True)),
+        (oldest, ("a",), {"tokens": 48, "blocks": (3,)}, (3, True)),
+        (newest, ("a", 32), {"apply_admission_cap": True}, (2, False)),
+        (newest, ("a", 32), {"other": 1}, (3, True)),
+        (any_number, (1, 2), {"tokens": 4}, (6, True)),
+    ):
+        assert blocks_to_allocate(original)(one, *args, **options) == original(one, *args, **options)
+        assert asked.pop() == expected
+    assert blocks_to_allocate(oldest)(one, "a", 5) == 0 and not asked
+    with pytest.raises(TypeError):
+        blocks_to_allocate(oldest)(one, "a")
 
 
 def test_blocks_that_warm_up_names_have_memory_meanwhile():

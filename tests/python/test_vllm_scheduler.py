@@ -124,8 +124,9 @@ def test_others_press_between_and_in_steps(seed):
         engine.close()
 
 
-def test_a_growth_that_fails_in_a_step_preempts():
+def test_a_growth_that_fails_in_a_step_preempts(monkeypatch):
     """Two requests fit at first, and then another engine has the rest: one of the two waits for the other."""
+    monkeypatch.setattr("elastikv.vllm.block_pool.STOCK", 1)
     limit = 24 * 4096
     engine, ours = elastic(120, "test-preempt", limit=limit)
     other = HostEngine(cache_config(120), "test-preempt", name="other", limit=limit)

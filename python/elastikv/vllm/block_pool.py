@@ -104,7 +104,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             if lacking <= available and not at_once:
                 return
             may_ask = lacking <= available or time.monotonic() >= self._ask_again
-            if may_ask and self._fetch(lacking):
+            if may_ask and self._fetch(max(lacking, min(STOCK, available))):
                 return
             self._refused = self._short = True
             self._can_be_had = self._secured()
@@ -202,10 +202,16 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             self._can_be_had = None
             if gone:
                 self._give_back(gone)
-            if self._keep is not None and cached:
-                over = self.free_block_queue.num_free_blocks * self.memory.blocks.block_stride - self._keep
-                if over > 0:
-                    self._evict(over)
+            if cached and self._too_many() > 0:
+                self._return_stock()  # or it would count for what is evicted
+                while (over := self._too_many()) > 0 and self._evict(over) > 0:
+                    pass  # extents that had free blocks, too, count for more than what was cached on them
+
+    def _too_many(self) -> int:
+        """Bytes of cached blocks beyond those that are to be kept."""
+        assert self.memory is not None
+        cached = int(self.free_block_queue.num_free_blocks) * self.memory.blocks.block_stride
+        return 0 if self._keep is None else max(0, cached - self._keep)
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
         if self.memory is None:
@@ -245,6 +251,12 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
 
     # --- what goes back ---
 
+    def _return_stock(self) -> None:
+        if self._stock:
+            assert self.memory is not None
+            self.memory.free(list(self._stock))
+            self._stock.clear()
+
     def _give_back(self, blocks: Sequence[KVCacheBlock]) -> None:
         assert self.memory is not None
         self.memory.free([self._block_of(block.block_id) for block in blocks])
@@ -279,9 +291,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         """By extents, in the order of their oldest blocks: only those that nobody uses, as others would not go."""
         assert self.memory is not None
         memory, before = self.memory, self.memory.physical_bytes
-        if self._stock:
-            memory.free(list(self._stock))
-            self._stock.clear()
+        self._return_stock()
         seen: set[int] = set()
         per_extent = memory.blocks_per_extent
         for block in list(self.free_block_queue.in_order()):

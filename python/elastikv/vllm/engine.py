@@ -60,6 +60,11 @@ class Engine:
         if vllm_config.kv_transfer_config is not None:
             raise NotSupported("elastikv's plugin does not go with KV connectors yet (ELASTIKV_VLLM=0 turns it off)")
         settings = Settings.read(vllm_config.additional_config)
+        if settings.layout == "layers" and getattr(vllm_config.model_config, "enable_return_routed_experts", False):
+            raise NotSupported(
+                "vLLM counts routed experts by block ids, which elastikv's layout 'layers' spreads: "
+                "ELASTIKV_VLLM_LAYOUT=blocks goes with it"
+            )
         served = vllm_config.model_config.served_model_name or vllm_config.model_config.model
         name = settings.name or (served if isinstance(served, str) else served[0])
         return cls(settings, name.rstrip("/").split("/")[-1] if name.startswith("/") else name)

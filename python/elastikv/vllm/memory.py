@@ -140,7 +140,8 @@ class KVMemory:
     def try_allocate(self, n: int) -> list[int]:
         """n blocks, or none where there is no memory. Others on the ledger are asked for what they keep idle."""
         try:
-            return [int(each) for each in self.blocks.allocate(n, stream=self._stream).tolist()]
+            ids: list[int] = self.blocks.allocate(n, stream=self._stream).tolist()
+            return ids
         except _NO_MEMORY as error:
             logger.debug("no memory for %d blocks: %s", n, error)
             return []

@@ -248,15 +248,21 @@ def blocks_to_allocate(original: Function) -> Function:
             elastic(n, at_once=not to_admit)
 
     parameters = inspect.signature(original).parameters
-    defaults = {
-        f"default_of_{name}": each.default for name, each in parameters.items() if each.default is not each.empty
-    }
-    takes = ", ".join(f"{name}=default_of_{name}" if f"default_of_{name}" in defaults else name for name in parameters)
+    made: dict[str, Any] = {"original": original, "secure": secure}
+    takes: list[str] = []
+    passes: list[str] = []
+    for name, each in parameters.items():
+        star = "*" if each.kind is each.VAR_POSITIONAL else "**" if each.kind is each.VAR_KEYWORD else ""
+        if each.kind is each.KEYWORD_ONLY and not any(other.startswith("*") for other in takes):
+            takes.append("*")
+        if each.default is not each.empty:
+            made[f"default_of_{name}"] = each.default
+        takes.append(f"{star}{name}" + (f"=default_of_{name}" if each.default is not each.empty else ""))
+        passes.append(f"{name}={name}" if each.kind is each.KEYWORD_ONLY else f"{star}{name}")
     to_admit = "apply_admission_cap" if "apply_admission_cap" in parameters else "False"
-    made: dict[str, Any] = {"original": original, "secure": secure, **defaults}
     exec(
-        f"def count({takes}):\n"
-        f"    n = original({', '.join(parameters)})\n"
+        f"def count({', '.join(takes)}):\n"
+        f"    n = original({', '.join(passes)})\n"
         f"    if n > 0:\n"
         f"        secure(self, n, {to_admit})\n"
         f"    return n\n",
