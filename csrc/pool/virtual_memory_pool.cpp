@@ -33,7 +33,7 @@ Bytes checked_page_size(Bytes page_size, Bytes granularity) {
     return page_size;
 }
 
-VirtualMemoryPool::VirtualMemoryPool(Bytes capacity, DriverPtr driver, PoolOptions options,
+VirtualMemoryPool::VirtualMemoryPool(Bytes capacity, DriverPtr driver, const PoolOptions& options,
                                      std::shared_ptr<Budget> budget)
     : driver_(std::make_shared<MeteredDriver>(std::move(driver))),
       options_(options),
@@ -259,7 +259,7 @@ void VirtualMemoryPool::deallocate_all(std::vector<ByteRange> parts, std::span<c
         const Bytes gap = first_free(part);
         if (gap != part.end) throw NotMapped(part, gap);
     }
-    free_live(std::move(parts), streams, std::move(gate));
+    free_live(parts, streams, std::move(gate));
 }
 
 Bytes VirtualMemoryPool::deallocate_within(Bytes offset, Bytes size, std::span<const Stream> streams) {
@@ -277,7 +277,7 @@ Bytes VirtualMemoryPool::deallocate_within(Bytes offset, Bytes size, std::span<c
 }
 
 // What of `parts` is live, or sleeps. What sleeps needs no fence, and goes last, as that can't fail.
-void VirtualMemoryPool::free_live(std::vector<ByteRange> parts, std::span<const Stream> streams,
+void VirtualMemoryPool::free_live(const std::vector<ByteRange>& parts, std::span<const Stream> streams,
                                   std::shared_ptr<ReleaseGate> gate) {
     std::vector<ByteRange> awake;
     for (const ByteRange& part : parts) table_.live().for_each(part, [&](ByteRange each) { awake.push_back(each); });

@@ -49,7 +49,7 @@ class VirtualMemoryPool {
   public:
     // Reserves `capacity` bytes of addresses, rounded up to pages; no physical memory. `budget` may be null: then only
     // the device limits physical memory. Throws InvalidSize, InvalidPageSize, OutOfVirtualMemory.
-    VirtualMemoryPool(Bytes capacity, DriverPtr driver, PoolOptions options = {},
+    VirtualMemoryPool(Bytes capacity, DriverPtr driver, const PoolOptions& options = {},
                       std::shared_ptr<Budget> budget = nullptr);
     // Waits for device work on retiring memory and gives everything back. Never throws; what the driver refuses is
     // counted.
@@ -213,7 +213,8 @@ class VirtualMemoryPool {
     void require_open() const;  // under the lock
     ByteRange checked_range(Bytes offset, Bytes size) const;
     Bytes first_free(ByteRange bytes) const;
-    void free_live(std::vector<ByteRange> parts, std::span<const Stream> streams, std::shared_ptr<ReleaseGate> gate);
+    void free_live(const std::vector<ByteRange>& parts, std::span<const Stream> streams,
+                   std::shared_ptr<ReleaseGate> gate);
 
     // growth.cpp
     // Returns the bytes that room is needed for, 0 where it succeeded; throws on any other failure. State changes only
