@@ -59,14 +59,22 @@ PressureHandle on_pressure(const Model& model, const py::object& callback) {
     return {model.account(), model.account()->add_pressure_callback(std::move(call))};
 }
 
+// Set while this thread is in a callback of PythonHolder: memory that the callback wants for itself may be short as
+// well.
+thread_local bool in_reclaim = false;
+
 // What Python keeps idle. Thread safe: the GIL guards the callback.
 class PythonHolder final : public IdleHolder {
   public:
     PythonHolder(const py::object& callback, int order) : held_(kept(callback)), order_(order) {}
 
     Bytes release_idle(Bytes wanted) override {
-        if (removed_ || interpreter_ends) return 0;
+        if (removed_ || interpreter_ends || in_reclaim) return 0;
         const py::gil_scoped_acquire acquire;
+        struct Mark {
+            Mark() { in_reclaim = true; }
+            ~Mark() { in_reclaim = false; }
+        } const mark;
         try {
             return (*held_)(wanted).cast<Bytes>();
         } catch (py::error_already_set& error) {
@@ -192,8 +200,9 @@ thread, with no lock of the pool held; what it raises goes to sys.unraisablehook
 This is before anyone is pressed for what is in use, whatever the priorities. wanted: bytes that would help. The callback gives
 idle memory back, as far as it can without waiting for locks or for the device, and returns the bytes. Callbacks of lower order
 are asked first, after parked memory. It runs on any thread, with
-no lock of the pool held, also amid the caller's own growth of tensors, whose locks it must not take then; what it raises goes to
-sys.unraisablehook. Returns a ReclaimHandle, to be kept.)")
+no lock of the pool or of a tensor held, also amid the caller's own growth of tensors, whose locks in Python it must not take then.
+Where it wants memory itself, no callback is asked for that. What it raises goes to sys.unraisablehook. Returns a
+ReclaimHandle, to be kept.)")
         .def(
             "export", &export_range, arg("offset"), arg("size"), py::kw_only(), arg("read_only") = false,
             R"(Lets other processes of this user map [offset, offset + size), counted from base_address; all of it must be allocated.

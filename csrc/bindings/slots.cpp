@@ -59,7 +59,7 @@ py::object attend_even(const py::object& key_window, const py::object& value_win
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(output));
 }
 
-// A thread that grows the slots holds their lock while it waits for memory, and may need the GIL to go on.
+// A thread that grows the slots holds their lock while the driver maps memory, and while it waits for the device.
 struct DropWithoutGil {
     void operator()(StagedSlots* staged) const {
         {
@@ -71,7 +71,7 @@ struct DropWithoutGil {
 };
 
 Bytes claimed_bytes(SlotTensor& slots) {
-    const py::gil_scoped_release release;  // a thread that grows them holds their lock while it waits for memory
+    const py::gil_scoped_release release;  // a thread that grows them holds their lock meanwhile
     return slots.block().claimed();
 }
 

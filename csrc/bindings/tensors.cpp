@@ -10,6 +10,7 @@
 #include "bindings/waiting.h"
 #include "torch/elastic_tensor.h"
 #include "torch/imported_tensor.h"
+#include "torch/interpreter.h"
 #include "torch/streams.h"
 
 namespace elastikv::bindings {
@@ -169,7 +170,7 @@ void record_stream(const py::object& object, const py::object& stream) {
 Bytes resident_bytes(const py::object& object) {
     const at::Tensor tensor = to_tensor(object);
     const torch::ElasticBlock& block = to_block(tensor);
-    const py::gil_scoped_release release;  // a thread that grows it holds its lock while it waits for memory
+    const py::gil_scoped_release release;  // a thread that grows it holds its lock meanwhile
     return block.resident_bytes();
 }
 
@@ -182,9 +183,19 @@ py::object tensor_over(const ImportedRange& range, const py::object& dtype) {
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(torch::tensor_over(range, to_dtype(dtype))));
 }
 
+void without_gil(void (*body)(void*), void* context) {
+    if (Py_IsInitialized() == 0 || PyGILState_Check() == 0) {
+        body(context);
+        return;
+    }
+    const py::gil_scoped_release release;
+    body(context);
+}
+
 }  // namespace
 
 void bind_tensors(py::module_& module) {
+    torch::set_without_interpreter(&without_gil);
     using py::arg;
     // What ElasticAllocator throws into torch, whose own bindings turn it into this class.
     py::register_local_exception_translator([](std::exception_ptr thrown) {

@@ -215,13 +215,13 @@ void VirtualMemoryPool::collect_fences(const Extent& extent, std::vector<FencePt
 }
 
 void VirtualMemoryPool::make_writable(Bytes offset, Bytes size, std::span<const Stream> streams) {
-    process_.require_same_process();
-    const ByteRange pages = table_.pages_of(checked_range(offset, size));
-    const Bytes lacking = try_with_room([&](HandOver&) { return try_make_writable(pages, streams); });
+    const Bytes lacking = try_with_room([&](HandOver&) { return try_make_writable(offset, size, streams); });
     if (lacking > 0) throw out_of_memory(lacking);
 }
 
-Bytes VirtualMemoryPool::try_make_writable(ByteRange pages, std::span<const Stream> streams) {
+Bytes VirtualMemoryPool::try_make_writable(Bytes offset, Bytes size, std::span<const Stream> streams) {
+    process_.require_same_process();
+    const ByteRange pages = table_.pages_of(checked_range(offset, size));
     std::unique_lock lock(mutex_);
     require_open();
     for (bool fenced = false;;) {

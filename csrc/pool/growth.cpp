@@ -15,8 +15,17 @@ Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const Al
     std::vector<Extent*> scrubbed;
     bool zeroed = false;
     try {
-        for (const ByteRange& part : parts) {
-            const Bytes lacking = try_fill_gaps(table_.pages_of(part), options, fresh);
+        for (std::size_t i = 0; i < parts.size(); ++i) {
+            AllocateOptions of_part = options;
+            if (!options.bounds.empty()) {
+                of_part.held = options.bounds[i].held;
+                of_part.grow_end = options.bounds[i].grow_end;
+                if (const ExtentSizes sizes = options.bounds[i].extents; sizes.largest > 0) {
+                    of_part.largest_extent = sizes.largest;
+                    of_part.smallest_extent = sizes.smallest;
+                }
+            }
+            const Bytes lacking = try_fill_gaps(table_.pages_of(parts[i]), of_part, fresh);
             if (lacking == 0) continue;
             undo(fresh);
             // What was charged in part has gone back, so room is needed for all that is missing.

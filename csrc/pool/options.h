@@ -4,6 +4,7 @@
 #include <atomic>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "driver/vmm_driver.h"
@@ -39,6 +40,18 @@ class Grant;
 class HandOver;
 struct WaitOptions;
 
+// See AllocateOptions.
+struct ExtentSizes {
+    Bytes largest = 0;
+    Bytes smallest = 0;
+};
+
+struct GrowthBound {
+    Bytes held = 0;
+    Bytes grow_end = 0;
+    ExtentSizes extents{};  // where they are not those of the call
+};
+
 struct AllocateOptions {
     bool zero = false;  // the bytes read as zeros to work on `stream`
     Stream stream{};    // the first user; work it enqueues from now on runs after scrubbing and after earlier users
@@ -46,6 +59,9 @@ struct AllocateOptions {
     bool open_ended = false;
     Bytes held = 0;
     Bytes grow_end = 0;
+    // Of a call with several parts, for each: takes the place of the two, and of the
+    // extents' sizes below where it has any. It lives until the call returns.
+    std::span<const GrowthBound> bounds{};
     // What is new comes in extents up to this size, whole pages; 0: one extent a gap. Memory that may be shared is
     // given such extents, as an extent is shared whole: see VirtualMemoryPool::alias.
     Bytes largest_extent = 0;

@@ -33,7 +33,7 @@ Bytes checked_page_size(Bytes page_size, Bytes granularity) {
     return page_size;
 }
 
-VirtualMemoryPool::VirtualMemoryPool(Bytes capacity, DriverPtr driver, PoolOptions options,
+VirtualMemoryPool::VirtualMemoryPool(Bytes capacity, DriverPtr driver, const PoolOptions& options,
                                      std::shared_ptr<Budget> budget)
     : driver_(std::make_shared<MeteredDriver>(std::move(driver))),
       options_(options),
@@ -79,21 +79,27 @@ ByteRange VirtualMemoryPool::checked_range(Bytes offset, Bytes size) const {
 }
 
 Address VirtualMemoryPool::allocate(Bytes offset, Bytes size, const AllocateOptions& options) {
+    const ByteRange bytes = checked_range(offset, size);
+    claim_with_room({&bytes, 1}, options, [&](const AllocateOptions& given) { return try_claim(offset, size, given); });
+    return base_address() + offset;
+}
+
+void VirtualMemoryPool::claim_with_room(std::span<const ByteRange> parts, const AllocateOptions& options,
+                                        const std::function<Bytes(const AllocateOptions&)>& attempt) {
     const bool may_wait = options.wait != nullptr && budget_;
     if (may_wait && budget_->in_demand()) {
         // Others wait. Memory that nobody holds here is theirs first, or who has just freed would always be served
         // first.
-        if (const Bytes wanted = not_held(offset, size); wanted > 0)
-            return allocate_in_line(offset, size, options, wanted);
+        if (const Bytes wanted = not_held(parts); wanted > 0) return claim_in_line(parts, options, attempt, wanted);
     }
     const Bytes lacking = try_with_room([&](HandOver& handed) {
-        AllocateOptions attempted = options;
-        attempted.hand_over = &handed;
-        return try_claim(offset, size, attempted);
+        AllocateOptions given = options;
+        given.hand_over = &handed;
+        return attempt(given);
     });
-    if (lacking == 0) return base_address() + offset;
+    if (lacking == 0) return;
     if (!may_wait) throw out_of_memory(lacking);
-    return allocate_in_line(offset, size, options, lacking);
+    claim_in_line(parts, options, attempt, lacking);
 }
 
 // Reclaiming takes other pools' locks and may wait for the device, so it happens between attempts, without our lock.
@@ -117,14 +123,15 @@ Bytes VirtualMemoryPool::try_with_room(const std::function<Bytes(HandOver&)>& at
 }
 
 // All that is missing is asked for at once: what a first attempt had charged in part went back when it failed.
-Address VirtualMemoryPool::allocate_in_line(Bytes offset, Bytes size, AllocateOptions options, Bytes lacking) {
+void VirtualMemoryPool::claim_in_line(std::span<const ByteRange> parts, AllocateOptions options,
+                                      const std::function<Bytes(const AllocateOptions&)>& attempt, Bytes lacking) {
     for (;;) {
-        const Bytes wanted = std::max(lacking, missing(offset, size));
+        const Bytes wanted = std::max(lacking, missing(parts));
         std::optional<Grant> grant = budget_->wait_for_room(wanted, *options.wait);
         if (!grant) throw out_of_memory(lacking);
         options.grant = &*grant;
-        lacking = try_claim(offset, size, options);
-        if (lacking == 0) return base_address() + offset;
+        lacking = attempt(options);
+        if (lacking == 0) return;
         // Idle pages that were counted on have gone back meanwhile.
         if (lacking > wanted) continue;
         // It is charged, so it is the device that lacks it.
@@ -132,21 +139,24 @@ Address VirtualMemoryPool::allocate_in_line(Bytes offset, Bytes size, AllocateOp
     }
 }
 
-Bytes VirtualMemoryPool::missing(Bytes offset, Bytes size) const {
-    const ByteRange bytes = checked_range(offset, size);
+Bytes VirtualMemoryPool::missing(std::span<const ByteRange> parts) const {
     const std::lock_guard lock(mutex_);
-    return table_.missing(table_.pages_of(bytes));
+    Bytes sum = 0;
+    for (const ByteRange& part : parts) sum += table_.missing(table_.pages_of(part));
+    return sum;
 }
 
-// Bytes of the range's pages that are missing, or lie on extents of which nothing is in use.
-Bytes VirtualMemoryPool::not_held(Bytes offset, Bytes size) const {
-    const ByteRange bytes = checked_range(offset, size);
+// Bytes of the parts' pages that are missing, or lie on extents of which nothing is in use.
+Bytes VirtualMemoryPool::not_held(std::span<const ByteRange> parts) const {
     const std::lock_guard lock(mutex_);
-    const ByteRange pages = table_.pages_of(bytes);
-    Bytes sum = table_.missing(pages);
-    table_.for_each_extent(pages, [&](const Extent& extent) {
-        if (extent.used == 0) sum += extent.range.clipped_to(pages).size();
-    });
+    Bytes sum = 0;
+    for (const ByteRange& part : parts) {
+        const ByteRange pages = table_.pages_of(part);
+        sum += table_.missing(pages);
+        table_.for_each_extent(pages, [&](const Extent& extent) {
+            if (extent.used == 0) sum += extent.range.clipped_to(pages).size();
+        });
+    }
     return sum;
 }
 
@@ -247,7 +257,7 @@ void VirtualMemoryPool::deallocate_all(std::vector<ByteRange> parts, std::span<c
         const Bytes gap = first_free(part);
         if (gap != part.end) throw NotMapped(part, gap);
     }
-    free_live(std::move(parts), streams, std::move(gate));
+    free_live(parts, streams, std::move(gate));
 }
 
 Bytes VirtualMemoryPool::deallocate_within(Bytes offset, Bytes size, std::span<const Stream> streams) {
@@ -265,7 +275,7 @@ Bytes VirtualMemoryPool::deallocate_within(Bytes offset, Bytes size, std::span<c
 }
 
 // What of `parts` is live, or sleeps. What sleeps needs no fence, and goes last, as that can't fail.
-void VirtualMemoryPool::free_live(std::vector<ByteRange> parts, std::span<const Stream> streams,
+void VirtualMemoryPool::free_live(const std::vector<ByteRange>& parts, std::span<const Stream> streams,
                                   std::shared_ptr<ReleaseGate> gate) {
     std::vector<ByteRange> awake;
     for (const ByteRange& part : parts) table_.live().for_each(part, [&](ByteRange each) { awake.push_back(each); });

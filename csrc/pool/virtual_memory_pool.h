@@ -49,7 +49,7 @@ class VirtualMemoryPool {
   public:
     // Reserves `capacity` bytes of addresses, rounded up to pages; no physical memory. `budget` may be null: then only
     // the device limits physical memory. Throws InvalidSize, InvalidPageSize, OutOfVirtualMemory.
-    VirtualMemoryPool(Bytes capacity, DriverPtr driver, PoolOptions options = {},
+    VirtualMemoryPool(Bytes capacity, DriverPtr driver, const PoolOptions& options = {},
                       std::shared_ptr<Budget> budget = nullptr);
     // Waits for device work on retiring memory and gives everything back. Never throws; what the driver refuses is
     // counted.
@@ -74,6 +74,11 @@ class VirtualMemoryPool {
     // own operations, and for callers of try_claim. An attempt may pass on, as AllocateOptions::hand_over, what it is
     // given. Returns 0 once an attempt succeeded, or what lacks when no more can be had.
     Bytes try_with_room(const std::function<Bytes(HandOver&)>& attempt);
+    // allocate() for a caller with a lock of its own, which must not be held while room is made or waited for: calls
+    // `attempt`, which takes its lock and passes what it is given on to a try_ function of this pool. `parts` are what
+    // it is about to claim, so that who waits in line asks for all that is missing there. Throws as allocate().
+    void claim_with_room(std::span<const ByteRange> parts, const AllocateOptions& options,
+                         const std::function<Bytes(const AllocateOptions&)>& attempt);
     // For callers that make room themselves: what does not suit them after a failed attempt, they give back.
     HandOver hand_over() const { return {driver_, budget_, page_size(), options_.handed_over_from}; }
     // What could be mapped now without taking it from others: room in the budget, or on the device where there is none,
@@ -99,12 +104,15 @@ class VirtualMemoryPool {
     // that captures, where bytes are copied), NotMapped, AlreadyMapped, OutOfPhysicalMemory, MappingFailed, CudaError,
     // PoolClosed.
     void alias(Bytes to, Bytes from, Bytes size, Bytes shared, const AllocateOptions& options = {});
+    // As try_claim is to allocate.
+    Bytes try_alias(Bytes to, Bytes from, Bytes size, Bytes shared, AllocateOptions options);
     // Gives the range memory of its own wherever it shares extents, beneath the same addresses; content stays. Waits
     // for the work on `streams`, which are those that touch the range, and nothing may be enqueued on it meanwhile.
     // Costs nothing where nothing is shared. Each extent as a whole or not at all: after a failure some may be
     // writable. Throws InvalidSize, InvalidOffset, InvalidArgument (a stream that captures), OutOfPhysicalMemory,
     // CudaError.
     void make_writable(Bytes offset, Bytes size, std::span<const Stream> streams = default_stream);
+    Bytes try_make_writable(Bytes offset, Bytes size, std::span<const Stream> streams);
     // Maps the pages of the range on the worker's thread, so that a later allocate() needs no driver call. A hint: it
     // is dropped when memory is short. Throws InvalidSize, InvalidOffset.
     void prefetch(Bytes offset, Bytes size);
@@ -182,6 +190,8 @@ class VirtualMemoryPool {
     // Moves what is spilled there back to the device, charged. The same promise. Returns the bytes moved. Throws
     // ModelPaused, OutOfPhysicalMemory, CudaError.
     Bytes unspill(const std::vector<ByteRange>& parts);
+    // After synchronize(). Adds what was moved to `moved`, also where it returns what is lacking for the rest.
+    Bytes try_unspill(const std::vector<ByteRange>& parts, Bytes& moved);
 
     // The extents that the range lies on, whole, for another process to map; every page of it must be allocated. They
     // stay where they are from now on: compact() does not move them. Throws InvalidSize, InvalidOffset, NotMapped,
@@ -212,7 +222,8 @@ class VirtualMemoryPool {
     void require_open() const;  // under the lock
     ByteRange checked_range(Bytes offset, Bytes size) const;
     Bytes first_free(ByteRange bytes) const;
-    void free_live(std::vector<ByteRange> parts, std::span<const Stream> streams, std::shared_ptr<ReleaseGate> gate);
+    void free_live(const std::vector<ByteRange>& parts, std::span<const Stream> streams,
+                   std::shared_ptr<ReleaseGate> gate);
 
     // growth.cpp
     // Returns the bytes that room is needed for, 0 where it succeeded; throws on any other failure. State changes only
@@ -224,9 +235,10 @@ class VirtualMemoryPool {
     Bytes try_fill_with_new(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh);
     void want(std::span<const ByteRange> parts, Bytes lacking, const AllocateOptions& options) const;
     bool try_charge(Bytes bytes, Grant* grant) noexcept;
-    Bytes missing(Bytes offset, Bytes size) const;
-    Bytes not_held(Bytes offset, Bytes size) const;
-    Address allocate_in_line(Bytes offset, Bytes size, AllocateOptions options, Bytes lacking);
+    Bytes missing(std::span<const ByteRange> parts) const;
+    Bytes not_held(std::span<const ByteRange> parts) const;
+    void claim_in_line(std::span<const ByteRange> parts, AllocateOptions options,
+                       const std::function<Bytes(const AllocateOptions&)>& attempt, Bytes lacking);
     Bytes open_ended_end(ByteRange gap, const AllocateOptions& options) const;
     Status try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh,
                            std::shared_ptr<PhysicalExtent> handed = nullptr);
@@ -244,7 +256,6 @@ class VirtualMemoryPool {
         std::vector<Extent*> whole;  // of the source, to be mapped at the target
         IntervalSet copied;          // bytes of the target
     };
-    Bytes try_alias(Bytes to, Bytes from, Bytes size, Bytes shared, AllocateOptions options);
     void make_plan(AliasPlan& plan, ByteRange source, ByteRange shared);
     bool try_vacate(ByteRange place);
     Bytes carry_out(const AliasPlan& plan, const AllocateOptions& options);
@@ -252,7 +263,6 @@ class VirtualMemoryPool {
     void copy_parts(const AliasPlan& plan, Stream stream, std::vector<Extent>& fresh, bool& busy);
     void clear_unparkable(std::unique_lock<std::mutex>& lock, std::span<const ByteRange> parts);
     void collect_fences(const Extent& extent, std::vector<FencePtr>& fences) const;
-    Bytes try_make_writable(ByteRange pages, std::span<const Stream> streams);
 
     // reclaim.cpp
     void retire(std::vector<ByteRange> parts, std::span<const Stream> streams, std::shared_ptr<ReleaseGate> gate);
@@ -300,8 +310,6 @@ class VirtualMemoryPool {
     Status try_copy_back(std::unique_lock<std::mutex>& lock, Waking& waking) noexcept;
     void undo(Waking& waking) noexcept;
     Status try_wait_for_copies(std::unique_lock<std::mutex>& lock, bool scrubbing) noexcept;
-    // spilling.cpp
-    Bytes try_unspill(const std::vector<ByteRange>& parts, Bytes& moved);
 
     const MeteredDriverPtr driver_;
     const PoolOptions options_;

@@ -239,9 +239,19 @@ void Region::claim(Bytes offset, Bytes size, AllocateOptions options) {
 
 Bytes Region::try_claim(std::vector<ByteRange> parts, AllocateOptions options) {
     model_->require_registered();
-    options.grow_end = range_.begin + std::min(options.grow_end, range_.size());
+    const auto in_pool = [this](Bytes grow_end) { return range_.begin + std::min(grow_end, range_.size()); };
+    options.grow_end = in_pool(options.grow_end);
+    std::vector<GrowthBound> bounds;
+    for (const GrowthBound& each : options.bounds) bounds.push_back({each.held, in_pool(each.grow_end), each.extents});
+    options.bounds = bounds;
     for (ByteRange& part : parts) part = within(part.begin, part.size());
     return model_->pool().try_claim_all(parts, options);
+}
+
+void Region::claim_with_room(std::vector<ByteRange> parts, const AllocateOptions& options,
+                             const std::function<Bytes(const AllocateOptions&)>& attempt) {
+    for (ByteRange& part : parts) part = within(part.begin, part.size());
+    model_->pool().claim_with_room(parts, options, attempt);
 }
 
 void Region::release(std::vector<ByteRange> parts, std::span<const Stream> streams) {
@@ -251,16 +261,26 @@ void Region::release(std::vector<ByteRange> parts, std::span<const Stream> strea
 
 void Region::alias(Bytes to, const Region& source, Bytes from, Bytes size, Bytes shared,
                    const AllocateOptions& options) {
+    claim_with_room({}, options,
+                    [&](const AllocateOptions& given) { return try_alias(to, source, from, size, shared, given); });
+}
+
+Bytes Region::try_alias(Bytes to, const Region& source, Bytes from, Bytes size, Bytes shared,
+                        const AllocateOptions& options) {
     model_->require_registered();
     if (source.model_ != model_) {
         throw InvalidArgument("memory of model '" + model_->name() + "' can't alias that of model '" +
                               source.model_->name() + "': a model reads no other's bytes");
     }
-    model_->pool().alias(within(to, size).begin, source.within(from, size).begin, size, shared, options);
+    return model_->pool().try_alias(within(to, size).begin, source.within(from, size).begin, size, shared, options);
 }
 
 void Region::make_writable(Bytes offset, Bytes size, std::span<const Stream> streams) {
     model_->pool().make_writable(within(offset, size).begin, size, streams);
+}
+
+Bytes Region::try_make_writable(Bytes offset, Bytes size, std::span<const Stream> streams) {
+    return model_->pool().try_make_writable(within(offset, size).begin, size, streams);
 }
 
 Bytes Region::spill(std::vector<ByteRange> parts) {
@@ -268,9 +288,9 @@ Bytes Region::spill(std::vector<ByteRange> parts) {
     return model_->pool().spill(parts);
 }
 
-Bytes Region::unspill(std::vector<ByteRange> parts) {
+Bytes Region::try_unspill(std::vector<ByteRange> parts, Bytes& moved) {
     for (ByteRange& part : parts) part = within(part.begin, part.size());
-    return model_->pool().unspill(parts);
+    return model_->pool().try_unspill(parts, moved);
 }
 
 void Region::map_spare(std::vector<ByteRange> parts) {

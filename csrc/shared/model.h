@@ -1,6 +1,7 @@
 // A model's share of a SharedMemoryPool: a range of addresses, placement in it, and regions for tensors.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -105,6 +106,9 @@ class Region {
     // All parts or none, without making room: returns the bytes that room is needed for. See
     // VirtualMemoryPool::try_claim_all.
     Bytes try_claim(std::vector<ByteRange> parts, AllocateOptions options);
+    // See VirtualMemoryPool::claim_with_room; for the functions below that begin with try_.
+    void claim_with_room(std::vector<ByteRange> parts, const AllocateOptions& options,
+                         const std::function<Bytes(const AllocateOptions&)>& attempt);
     // All parts or none.
     void release(std::vector<ByteRange> parts, std::span<const Stream> streams);
     void prefetch(Bytes offset, Bytes size);
@@ -115,12 +119,15 @@ class Region {
     // within the first `shared` of them are shared. `source` is a region of the same model, or InvalidArgument. See
     // VirtualMemoryPool::alias and make_writable.
     void alias(Bytes to, const Region& source, Bytes from, Bytes size, Bytes shared, const AllocateOptions& options);
+    Bytes try_alias(Bytes to, const Region& source, Bytes from, Bytes size, Bytes shared,
+                    const AllocateOptions& options);
     void make_writable(Bytes offset, Bytes size, std::span<const Stream> streams);
+    Bytes try_make_writable(Bytes offset, Bytes size, std::span<const Stream> streams);
     // Throws ModelPaused where any of it sleeps.
     void require_awake() const { model_->pool().require_awake(range_.begin, range_.size()); }
     // See VirtualMemoryPool::spill and unspill.
     Bytes spill(std::vector<ByteRange> parts);
-    Bytes unspill(std::vector<ByteRange> parts);
+    Bytes try_unspill(std::vector<ByteRange> parts, Bytes& moved);
     // What is left when the region dies is released on these streams.
     void set_final_streams(std::vector<Stream> streams) { final_streams_ = std::move(streams); }
 

@@ -6,11 +6,17 @@
 
 #include "torch/elastic_block.h"
 #include "torch/elastic_tensor.h"
+#include "torch/interpreter.h"
 
 namespace elastikv::torch {
 namespace {
 
-void release_pool(void* context) { delete static_cast<std::shared_ptr<BlockPool>*>(context); }
+using PoolPtr = std::shared_ptr<BlockPool>;
+
+void release_pool(void* context) {
+    const auto deleter = [](void* pool) { delete static_cast<PoolPtr*>(pool); };
+    delete_memory_of(*(*static_cast<PoolPtr*>(context))->model(), deleter, context);
+}
 
 Bytes bytes_of_layer(const BlockShape& shape) {
     if (shape.layers == 0) throw InvalidArgument("a block needs at least 1 layer");
@@ -43,7 +49,7 @@ BlockTensors::BlockTensors(const ModelPtr& model, BlockShape shape)
 c10::Storage BlockTensors::make_storage() const {
     const BlockLayout& layout = pool_->layout();
     auto* const base = reinterpret_cast<void*>(static_cast<std::uintptr_t>(pool_->base()));
-    auto owner = std::make_unique<std::shared_ptr<BlockPool>>(pool_);
+    auto owner = std::make_unique<PoolPtr>(pool_);
     const c10::Device device = torch_device(pool_->model()->pool().device());
     c10::DataPtr data(base, owner.release(), &release_pool, device);
     const Bytes extents = (layout.blocks + layout.blocks_per_extent() - 1) / layout.blocks_per_extent();

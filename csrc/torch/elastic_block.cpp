@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "torch/interpreter.h"
 #include "torch/streams.h"
 
 namespace elastikv::torch {
@@ -13,7 +14,10 @@ Bytes total_addresses(const RowLayout& layout) {
     return layout.rows == 1 ? layout.max_length * layout.unit : layout.rows * layout.stride;
 }
 
-void free_block(void* context) { delete static_cast<ElasticBlock*>(context); }
+void free_block(void* context) {
+    const auto deleter = [](void* block) { delete static_cast<ElasticBlock*>(block); };
+    delete_memory_of(*static_cast<ElasticBlock*>(context)->model(), deleter, context);
+}
 
 }  // namespace
 
@@ -46,44 +50,46 @@ std::vector<Stream> ElasticBlock::users() const {
 }
 
 void ElasticBlock::grow(std::uint64_t length, bool exact, const WaitOptions* wait) {
-    const std::lock_guard lock(mutex_);
-    region_->require_awake();
-    require_none_staged();
-    if (length <= length_) return;
-    claim_rows(length, exact, wait);
-    length_ = length;
+    claim_rows(length, exact, wait, [&] { length_ = std::max(length, length_); });
 }
 
-// All rows or none; length_ is the caller's to change.
-void ElasticBlock::claim_rows(std::uint64_t length, bool exact, const WaitOptions* wait) {
-    const Bytes begin = length_ * layout_.unit;
-    const Bytes end = length * layout_.unit;
+void ElasticBlock::stage(std::uint64_t length) {
+    claim_rows(length, /*exact=*/true, /*wait=*/nullptr, [&] { staged_ = std::max(length, length_); });
+}
+
+// All rows or none. Calls `claimed` under the lock once they have memory up to `length`.
+void ElasticBlock::claim_rows(std::uint64_t length, bool exact, const WaitOptions* wait,
+                              const std::function<void()>& claimed) {
     AllocateOptions options;
     options.zero = scrub_;
     options.stream = current_stream(model()->pool().device());
     options.open_ended = !exact;
-    options.held = begin;
     options.wait = wait;
-    for (std::uint64_t row = 0; row < layout_.rows; ++row) {
-        options.grow_end = layout_.row_offset(row) + layout_.max_length * layout_.unit;
-        try {
-            region_->claim(layout_.row_offset(row) + begin, end - begin, options);
-        } catch (...) {
-            // Nobody has used it, so there is no stream to wait for, and this can't fail.
-            if (row > 0) region_->release(row_parts(row, begin, end), {});
-            throw;
-        }
+    std::vector<ByteRange> parts;
+    if (const Bytes now = this->length(); now < length) {
+        parts = row_parts(layout_.rows, now * layout_.unit, length * layout_.unit);
     }
-    // Whoever grows it uses it there, and may drop it under another stream.
-    add_stream(options.stream);
+    region_->claim_with_room(parts, options, [&](const AllocateOptions& given) {
+        const std::lock_guard lock(mutex_);
+        region_->require_awake();
+        require_none_staged();
+        const Bytes lacking = length > length_ ? try_claim_rows(length, given) : Bytes{0};
+        if (lacking == 0) claimed();
+        return lacking;
+    });
 }
 
-void ElasticBlock::stage(std::uint64_t length) {
-    const std::lock_guard lock(mutex_);
-    region_->require_awake();
-    require_none_staged();
-    if (length > length_) claim_rows(length, /*exact=*/true, /*wait=*/nullptr);
-    staged_ = std::max(length, length_);
+Bytes ElasticBlock::try_claim_rows(std::uint64_t length, AllocateOptions options) {
+    const Bytes begin = length_ * layout_.unit;
+    std::vector<GrowthBound> bounds;
+    for (std::uint64_t row = 0; row < layout_.rows; ++row) {
+        bounds.push_back({begin, layout_.row_offset(row) + layout_.max_length * layout_.unit});
+    }
+    options.bounds = bounds;
+    const Bytes lacking = region_->try_claim(row_parts(layout_.rows, begin, length * layout_.unit), options);
+    // Whoever grows it uses it there, and may drop it under another stream.
+    if (lacking == 0) add_stream(options.stream);
+    return lacking;
 }
 
 void ElasticBlock::commit_staged() noexcept {
@@ -132,8 +138,14 @@ Bytes ElasticBlock::spill() {
 }
 
 Bytes ElasticBlock::unspill() {
-    const std::lock_guard lock(mutex_);
-    return length_ == 0 ? 0 : region_->unspill(row_parts(layout_.rows, 0, length_ * layout_.unit));
+    model()->pool().synchronize();
+    Bytes moved = 0;
+    region_->claim_with_room({}, {}, [&](const AllocateOptions&) {
+        const std::lock_guard lock(mutex_);
+        if (length_ == 0) return Bytes{0};
+        return region_->try_unspill(row_parts(layout_.rows, 0, length_ * layout_.unit), moved);
+    });
+    return moved;
 }
 
 void ElasticBlock::prefetch(std::uint64_t length) {

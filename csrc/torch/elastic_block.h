@@ -4,6 +4,7 @@
 #include <c10/core/Allocator.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -36,8 +37,9 @@ struct TensorGeometry {
     Bytes itemsize = 0;
 };
 
-// Owned by a storage's DataPtr, so it dies with the last view. Thread safe, its mutex is taken before the model's.
-// While it is paused, what changes its memory throws ModelPaused.
+// Owned by a storage's DataPtr, so it dies with the last view. Thread safe: its mutex is taken before the model's, and
+// not held while room is made or waited for, so that whoever is asked for memory then may use the block. While it is
+// paused, what changes its memory throws ModelPaused.
 class ElasticBlock {
   public:
     // Reserves addresses for max_length; nothing is resident. Throws OutOfVirtualMemory, ModelNotFound.
@@ -79,7 +81,8 @@ class ElasticBlock {
     static ElasticBlock* from(const c10::DataPtr& data);
 
   private:
-    void claim_rows(std::uint64_t length, bool exact, const WaitOptions* wait);
+    void claim_rows(std::uint64_t length, bool exact, const WaitOptions* wait, const std::function<void()>& claimed);
+    Bytes try_claim_rows(std::uint64_t length, AllocateOptions options);
     void require_none_staged() const;
     std::vector<Stream> users() const;
     void add_stream(Stream stream);

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "torch/elastic_block.h"
+#include "torch/interpreter.h"
 #include "torch/streams.h"
 
 namespace elastikv::torch {
@@ -18,7 +19,10 @@ constexpr Bytes extents_a_row = 16;
 constexpr Bytes pages_worth_an_extent = 8;
 constexpr Bytes last_extents_share = 128;
 
-void free_block(void* context) { delete static_cast<SlotBlock*>(context); }
+void free_block(void* context) {
+    const auto deleter = [](void* block) { delete static_cast<SlotBlock*>(block); };
+    delete_memory_of(*static_cast<SlotBlock*>(context)->model(), deleter, context);
+}
 
 }  // namespace
 
@@ -80,52 +84,67 @@ void SlotBlock::record_stream(Stream stream) {
 Bytes SlotBlock::pages_for(std::uint64_t tokens) const { return (tokens * layout_.token + page_ - 1) / page_ * page_; }
 
 // For memory of a row up to `end`.
-AllocateOptions SlotBlock::options_for(Bytes end) const {
-    AllocateOptions options;
-    options.stream = current_stream(model()->pool().device());
-    if (layout_.largest_extent == 0) return options;
+ExtentSizes SlotBlock::extents_for(Bytes end) const {
+    if (layout_.largest_extent == 0) return {};
     const Bytes share = *align_up(end / extents_a_row, page_);
-    options.largest_extent = std::min(layout_.largest_extent, std::max(share, pages_worth_an_extent * page_));
-    options.smallest_extent = std::max(*align_up(end / last_extents_share, page_), page_);
-    return options;
+    return {.largest = std::min(layout_.largest_extent, std::max(share, pages_worth_an_extent * page_)),
+            .smallest = std::max(*align_up(end / last_extents_share, page_), page_)};
 }
 
-void SlotBlock::grow(std::span<const RowTokens> rows, bool exact) {
-    const std::lock_guard lock(mutex_);
-    claim_rows(rows, exact);
-}
+void SlotBlock::grow(std::span<const RowTokens> rows, bool exact) { claim_rows(rows, exact); }
 
 std::vector<SlotBlock::Taken> SlotBlock::stage(std::span<const RowTokens> rows) {
-    const std::lock_guard lock(mutex_);
     return claim_rows(rows, /*exact=*/true);
 }
 
 // All rows or none.
 std::vector<SlotBlock::Taken> SlotBlock::claim_rows(std::span<const RowTokens> rows, bool exact) {
-    require_awake();
+    AllocateOptions options;
+    options.stream = current_stream(model()->pool().device());
+    options.open_ended = !exact;
     std::vector<Taken> taken;
-    taken.reserve(rows.size());
-    try {
-        for (const RowTokens& wanted : rows) {
-            const Bytes begin = claimed_[wanted.row];
-            const Bytes end = pages_for(wanted.tokens);
-            if (end <= begin) continue;
-            // A row that was cropped into what it shares goes on in memory of its own.
-            if (begin > 0) region_->make_writable(layout_.row_offset(wanted.row) + begin - 1, 1, users());
-            AllocateOptions options = options_for(end);
-            options.open_ended = !exact;
-            options.held = begin - forked_[wanted.row];
-            options.grow_end = layout_.row_offset(wanted.row) + layout_.pitch;
-            region_->claim(layout_.row_offset(wanted.row) + begin, end - begin, options);
-            taken.push_back({wanted.row, {begin, end}});
-            claimed_[wanted.row] = end;
-        }
-    } catch (...) {
-        give_back(taken);
-        throw;
-    }
-    if (!taken.empty()) add_stream(current_stream(model()->pool().device()));
+    region_->claim_with_room({}, options, [&](const AllocateOptions& given) {
+        const std::lock_guard lock(mutex_);
+        require_awake();
+        taken = lacking_in(rows);
+        return taken.empty() ? Bytes{0} : try_claim(taken, given);
+    });
     return taken;
+}
+
+// What the rows need to have so many tokens, in order of their addresses. A row that is named twice goes on from what
+// the first would give it.
+std::vector<SlotBlock::Taken> SlotBlock::lacking_in(std::span<const RowTokens> rows) const {
+    std::vector<RowTokens> sorted(rows.begin(), rows.end());
+    std::stable_sort(sorted.begin(), sorted.end(),
+                     [](const RowTokens& a, const RowTokens& b) { return a.row < b.row; });
+    std::vector<Taken> lacking;
+    for (const auto& [row, tokens] : sorted) {
+        const bool again = !lacking.empty() && lacking.back().row == row;
+        const Bytes begin = again ? lacking.back().bytes.end : claimed_[row];
+        if (pages_for(tokens) > begin) lacking.push_back({row, {begin, pages_for(tokens)}});
+    }
+    return lacking;
+}
+
+Bytes SlotBlock::try_claim(std::span<const Taken> wanted, AllocateOptions options) {
+    std::vector<ByteRange> parts;
+    std::vector<GrowthBound> bounds;
+    for (const auto& [row, bytes] : wanted) {
+        const Bytes offset = layout_.row_offset(row);
+        // A row that was cropped into what it shares goes on in memory of its own.
+        if (bytes.begin > 0) {
+            const Bytes lacking = region_->try_make_writable(offset + bytes.begin - 1, 1, users());
+            if (lacking > 0) return lacking;
+        }
+        parts.push_back({offset + bytes.begin, offset + bytes.end});
+        bounds.push_back({bytes.begin - std::min(bytes.begin, forked_[row]), offset + layout_.pitch, extents_for(bytes.end)});
+    }
+    options.bounds = bounds;
+    if (const Bytes lacking = region_->try_claim(std::move(parts), options); lacking > 0) return lacking;
+    for (const auto& [row, bytes] : wanted) claimed_[row] = bytes.end;
+    add_stream(options.stream);
+    return 0;
 }
 
 // Nobody has used it, so there is no stream to wait for, and this can't fail while the pool is open.
@@ -164,7 +183,18 @@ void SlotBlock::shrink(std::span<const RowTokens> rows) {
 }
 
 void SlotBlock::fork(std::uint64_t to, std::uint64_t from, std::uint64_t tokens) {
-    const std::lock_guard lock(mutex_);
+    AllocateOptions options;
+    options.stream = current_stream(model()->pool().device());
+    const ExtentSizes sizes = extents_for(pages_for(tokens));
+    options.largest_extent = sizes.largest;
+    options.smallest_extent = sizes.smallest;
+    region_->claim_with_room({}, options, [&](const AllocateOptions& given) {
+        const std::lock_guard lock(mutex_);
+        return try_fork(to, from, tokens, given);
+    });
+}
+
+Bytes SlotBlock::try_fork(std::uint64_t to, std::uint64_t from, std::uint64_t tokens, const AllocateOptions& options) {
     require_awake();
     const Bytes size = pages_for(tokens);
     if (to == from) throw InvalidArgument("slot " + std::to_string(to) + " can't be a fork of itself");
@@ -177,19 +207,24 @@ void SlotBlock::fork(std::uint64_t to, std::uint64_t from, std::uint64_t tokens)
                               " is beyond the " + std::to_string(claimed_[from] / layout_.token) +
                               " that it has memory for");
     }
-    if (tokens == 0) return;
-    const AllocateOptions options = options_for(size);
-    region_->alias(layout_.row_offset(to), *region_, layout_.row_offset(from), size, tokens * layout_.token, options);
+    if (tokens == 0) return 0;
+    const Bytes lacking = region_->try_alias(layout_.row_offset(to), *region_, layout_.row_offset(from), size,
+                                             tokens * layout_.token, options);
+    if (lacking > 0) return lacking;
     claimed_[to] = forked_[to] = size;
     add_stream(options.stream);
+    return 0;
 }
 
 void SlotBlock::make_writable(std::uint64_t row, std::uint64_t begin, std::uint64_t end) {
-    const std::lock_guard lock(mutex_);
-    require_awake();
-    const Bytes first = begin * layout_.token;
-    const Bytes last = std::min(end * layout_.token, claimed_[row]);
-    if (first < last) region_->make_writable(layout_.row_offset(row) + first, last - first, users());
+    region_->claim_with_room({}, {}, [&](const AllocateOptions&) {
+        const std::lock_guard lock(mutex_);
+        require_awake();
+        const Bytes first = begin * layout_.token;
+        const Bytes last = std::min(end * layout_.token, claimed_[row]);
+        if (first >= last) return Bytes{0};
+        return region_->try_make_writable(layout_.row_offset(row) + first, last - first, users());
+    });
 }
 
 // Under the lock, so that a row does not grow meanwhile.
@@ -199,8 +234,13 @@ Bytes SlotBlock::spill(std::span<const std::uint64_t> rows) {
 }
 
 Bytes SlotBlock::unspill(std::span<const std::uint64_t> rows) {
-    const std::lock_guard lock(mutex_);
-    return region_->unspill(parts_of(rows));
+    model()->pool().synchronize();
+    Bytes moved = 0;
+    region_->claim_with_room({}, {}, [&](const AllocateOptions&) {
+        const std::lock_guard lock(mutex_);
+        return region_->try_unspill(parts_of(rows), moved);
+    });
+    return moved;
 }
 
 // In order of their addresses, as the pool wants them.

@@ -37,9 +37,9 @@ struct RowTokens {
     std::uint64_t tokens = 0;
 };
 
-// Owned by a storage's DataPtr, so it dies with the last view. Thread safe, its mutex is taken before the model's.
-// While it is paused, what changes its memory throws ModelPaused. Rows and tokens are within the layout: the caller has
-// checked them.
+// Owned by a storage's DataPtr, so it dies with the last view. Thread safe: its mutex is taken before the model's, and
+// not held while room is made, so that whoever is asked for memory then may use the slots. While it is paused, what
+// changes its memory throws ModelPaused. Rows and tokens are within the layout: the caller has checked them.
 class SlotBlock {
   public:
     // Reserves the addresses; nothing is resident. Throws OutOfVirtualMemory, ModelNotFound.
@@ -97,8 +97,11 @@ class SlotBlock {
     void add_stream(Stream stream);
     std::vector<ByteRange> parts_of(std::span<const std::uint64_t> rows) const;
     Bytes pages_for(std::uint64_t tokens) const;
-    AllocateOptions options_for(Bytes end) const;
+    ExtentSizes extents_for(Bytes end) const;
     std::vector<Taken> claim_rows(std::span<const RowTokens> rows, bool exact);
+    std::vector<Taken> lacking_in(std::span<const RowTokens> rows) const;
+    Bytes try_claim(std::span<const Taken> wanted, AllocateOptions options);
+    Bytes try_fork(std::uint64_t to, std::uint64_t from, std::uint64_t tokens, const AllocateOptions& options);
     void give_back(std::span<const Taken> taken);
 
     const std::unique_ptr<Region> region_;

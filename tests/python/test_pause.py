@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import os
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -299,6 +301,44 @@ def test_rows_of_slots_are_spilled_by_themselves(shared, model, page_size):
     assert slots.unspill([0, 1, 2, 3]) == 4 * page_size
     with pytest.raises(elastikv.InvalidArgument):
         slots.spill([4])
+
+
+def test_a_tensor_that_dies_amid_the_copy_of_a_pause_holds_up_no_other_thread(device):
+    """No thread is made to give way here, so that others run only where it lets go of the interpreter by itself."""
+    interval = sys.getswitchinterval()
+    others = [0]
+    stop = threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            others[0] += 1
+            time.sleep(0)
+
+    size = 64 << 20
+    counting = threading.Thread(target=count)
+    counting.start()
+    sys.setswitchinterval(1000)
+    try:
+        with elastikv.SharedMemoryPool(size, device, park_limit=0) as pool:
+            model = pool.register_model("model", 1 << 32)
+            for _ in range(50):  # the copy may be faster
+                tensor = elastikv.empty((size,), (size,), torch.uint8, model).fill_(1)
+                pausing = threading.Thread(target=model.pause)
+                pausing.start()
+                while not model.paused:
+                    time.sleep(0)
+                before = others[0]
+                del tensor
+                ran = others[0] - before
+                pausing.join()
+                model.resume()
+                if ran:
+                    break
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        counting.join()
+    assert ran
 
 
 def test_a_pressure_callback_may_pause(shared, model, page_size):

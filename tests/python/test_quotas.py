@@ -126,6 +126,91 @@ def test_a_reclaim_callback_that_fails_gave_nothing(shared, model, page_size, an
     handle.remove()
 
 
+def test_a_reclaim_callback_that_wants_memory_is_not_asked_again_within_itself(shared, model, page_size):
+    depth = deepest = calls = 0
+
+    def callback(wanted: int) -> int:
+        nonlocal depth, deepest, calls
+        calls += 1
+        depth += 1
+        deepest = max(deepest, depth)
+        if depth < 5:
+            with pytest.raises(torch.OutOfMemoryError):
+                elastikv.zeros((10 * page_size,), torch.uint8, model)
+        depth -= 1
+        return 0
+
+    handles = [model.on_reclaim(callback), model.on_reclaim(callback, order=2)]
+    kept = elastikv.zeros((60 * page_size,), torch.uint8, model)
+    with pytest.raises(torch.OutOfMemoryError):
+        elastikv.zeros((10 * page_size,), torch.uint8, model)
+    assert deepest == 1 and calls >= 2 and kept.numel()
+    for handle in handles:
+        handle.remove()
+
+
+def in_a_thread_of_its_own(work) -> None:
+    """Where `work` hangs, the test fails and the run goes on."""
+    errors: list[BaseException] = []
+
+    def caught() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=caught, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "it hangs"
+    if errors:
+        raise errors[0]
+
+
+def test_who_is_asked_for_memory_may_use_the_slots_that_want_it(shared, model, page_size):
+    slots = elastikv.SlotTensor(model, 4, 64 * page_size, 1, torch.uint8)
+    slots.grow([0, 1], [20 * page_size, 40 * page_size], exact=True)
+    seen: list[int] = []
+
+    def give(wanted: int) -> int:
+        seen.append(slots.resident(1))
+        slots.shrink([1], [0])
+        return seen[-1]
+
+    handle = model.on_reclaim(give)
+    in_a_thread_of_its_own(lambda: slots.grow([2, 0], [10 * page_size, 24 * page_size], exact=True))
+    assert seen == [40 * page_size]
+    assert [slots.resident(row) for row in range(4)] == [24 * page_size, 0, 10 * page_size, 0]
+    # A fork copies what it does not share, and a row that was forked is copied before it is written.
+    for change in (lambda: slots.fork(3, 0, 20 * page_size + 1), lambda: slots.make_writable(3, 0, 1)):
+        free = shared.global_stats().available
+        slots.grow([1], [free], exact=True)
+        in_a_thread_of_its_own(change)
+        assert seen.pop() == free and slots.resident(1) == 0
+        if slots.resident(2):
+            slots.shrink([2], [0])
+        model.drain()
+    handle.remove()
+
+
+def test_who_is_asked_for_memory_may_look_at_the_tensor_that_wants_it(shared, model, page_size):
+    cache = [elastikv.zeros((20 * page_size,), torch.uint8, model) for _ in range(2)]
+    tensor = elastikv.empty((2, page_size), (2, 64 * page_size), torch.uint8, model, dim=1)
+    seen: list[int] = []
+
+    def give(wanted: int) -> int:
+        seen.append(elastikv.resident_bytes(tensor))
+        return len(cache.pop()) if cache else 0
+
+    handle = model.on_reclaim(give)
+    in_a_thread_of_its_own(lambda: elastikv.grow_(tensor, 30 * page_size))
+    assert seen == [2 * page_size] * 2 and tensor.shape == (2, 30 * page_size)
+    with pytest.raises(torch.OutOfMemoryError):
+        elastikv.grow_(tensor, 40 * page_size)
+    assert tensor.shape == (2, 30 * page_size) and elastikv.resident_bytes(tensor) == 60 * page_size
+    handle.remove()
+
+
 def test_threads_on_quotas(shared, model, page_size):
     other = shared.register_model("other", 4096 * page_size)
     errors: list[Exception] = []

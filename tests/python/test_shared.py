@@ -43,7 +43,7 @@ def test_parked_memory_of_one_model_serves_another(device, page_size):
     limit = 16 * page_size
     with elastikv.SharedMemoryPool(limit, device, park_limit=limit) as shared:
         idle = shared.register_model("idle", 64 * page_size)
-        shared.register_model("busy", 64 * page_size)
+        busy = shared.register_model("busy", 64 * page_size)
         address = shared.allocate_for_model("idle", limit)
         shared.deallocate_for_model("idle", address - idle.base_address, limit)
         idle.drain()
@@ -51,6 +51,25 @@ def test_parked_memory_of_one_model_serves_another(device, page_size):
         shared.allocate_for_model("busy", limit)
         assert idle.stats().physical_usage == 0
         assert shared.global_stats().physical_usage == limit
+        # On a device it comes as it is, mapped anew; the host's is released, as the system hands out zeros.
+        assert busy.stats().received == (0 if device == "cpu" else limit)
+
+
+@pytest.mark.parametrize("rounds", [6])
+def test_memory_that_changes_hands_holds_zeros(device, rounds):
+    """Extents of 16 MiB and more, which go from model to model as they are."""
+    size = 64 << 20
+    with elastikv.SharedMemoryPool(size, device, park_limit=size) as shared:
+        models = [shared.register_model(name, 1 << 30) for name in ("one", "two")]
+        for number in range(rounds):
+            model = models[number % 2]
+            parts = [elastikv.empty((part << 20,), (part << 20,), torch.uint8, model) for part in (16, 48)]
+            assert all(int((part == 0).sum()) == len(part) for part in parts)
+            for part in parts:
+                part.fill_(number + 1)
+            del parts, part
+            model.drain()
+        assert models[1].stats().received == (0 if device == "cpu" else size * rounds // 2)
 
 
 def test_names(shared, model):
