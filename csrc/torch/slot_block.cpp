@@ -138,7 +138,8 @@ Bytes SlotBlock::try_claim(std::span<const Taken> wanted, AllocateOptions option
             if (lacking > 0) return lacking;
         }
         parts.push_back({offset + bytes.begin, offset + bytes.end});
-        bounds.push_back({bytes.begin - std::min(bytes.begin, forked_[row]), offset + layout_.pitch, extents_for(bytes.end)});
+        bounds.push_back(
+            {bytes.begin - std::min(bytes.begin, forked_[row]), offset + layout_.pitch, extents_for(bytes.end)});
     }
     options.bounds = bounds;
     if (const Bytes lacking = region_->try_claim(std::move(parts), options); lacking > 0) return lacking;
