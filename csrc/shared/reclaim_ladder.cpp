@@ -76,6 +76,7 @@ class Ladder {
         }
     }
 
+    // What they let go is waited for, or they would be asked again for what is on its way.
     void take_idle(const Accounts& accounts) {
         struct Held {
             std::shared_ptr<IdleHolder> holder;
@@ -94,7 +95,7 @@ class Ladder {
             const Bytes before = each.account->quota().charged;
             const Bytes released = each.holder->release_idle(most);
             if (released == 0) continue;
-            const Bytes reclaimed = each.account->reclaim(released, false, any_time, handed_);
+            const Bytes reclaimed = each.account->reclaim(released, true, any_time, handed_);
             const Bytes after = each.account->quota().charged;
             freed_ += std::max(reclaimed, before > after ? before - after : 0);
         }
@@ -144,18 +145,18 @@ Bytes PhysicalBudget::make_room(Account& asker, Bytes wanted, bool wait, Clock::
     for (const AccountPtr& each : all) (each.get() == &asker ? own : others).push_back(each);
 
     ladder.take_parked(asker, false);
-    if (ladder.only_own_helps()) {
-        ladder.take_idle(own);
-        if (wait) ladder.take_parked(asker, true);
-        return ladder.freed();
-    }
-    if (ladder.lacking() > 0) ladder.take_oldest_parked(others);
-    if (ladder.lacking() > 0) ladder.take_idle(all);
-    if (ladder.lacking() > 0) ladder.count(ask_others(asker, ladder.uncharged(), ask_idle, until));
+    const bool alone = ladder.only_own_helps();
+    if (!alone && ladder.lacking() > 0) ladder.take_oldest_parked(others);
     if (!wait) return ladder.freed();
 
+    // What is on its way comes before anything is given up for it.
     ladder.take_parked(asker, true);
-    for (const AccountPtr& each : others) ladder.take_parked(*each, true);
+    if (!alone) {
+        for (const AccountPtr& each : others) ladder.take_parked(*each, true);
+    }
+    if (ladder.lacking() > 0) ladder.take_idle(alone ? own : all);
+    if (alone) return ladder.freed();
+    if (ladder.lacking() > 0) ladder.count(ask_others(asker, ladder.uncharged(), ask_idle, until));
     if (ladder.lacking() > 0) ladder.press(others, asker.priority(), until);
     if (ladder.lacking() > 0) ladder.count(ask_others(asker, ladder.uncharged(), ask_all, until));
     return ladder.freed();

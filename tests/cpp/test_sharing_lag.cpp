@@ -1,5 +1,6 @@
 // Pools that share a limit on a device whose work is late: what retires counts as room only once it has.
 #include <thread>
+#include <utility>
 
 #include "shared/shared_memory_pool.h"
 #include "support/lagging_driver.h"
@@ -40,6 +41,37 @@ TEST_CASE("what an allocation gave up of its own is waited for like the rest", "
     CHECK(asker->allocate(4 * at.page) == asker->base_address());
     CHECK(asker->quota().charged == 4 * at.page);
     CHECK(other->quota().charged == 0);
+    CHECK(at.lagging->breach().empty());
+}
+
+TEST_CASE("what is kept for use later is asked for once, and not while enough is on its way", "[shared][ladder]") {
+    struct Keeper final : IdleHolder {
+        Keeper(const LagFixture& at, ModelPtr of) : at(at), of(std::move(of)) {}
+        Bytes release_idle(Bytes) override {
+            ++asked;
+            if (pages > 0) at.retire(*of, pages, {1});
+            return std::exchange(pages, 0) * at.page;
+        }
+        const LagFixture& at;
+        const ModelPtr of;
+        Bytes pages = 4;
+        int asked = 0;
+    };
+    LagFixture at(8);
+    const ModelPtr keeping = at.model("keeping");
+    const ModelPtr busy = at.model("busy");
+    const ModelPtr asker = at.model("asker");
+    const auto keeper = std::make_shared<Keeper>(at, keeping);
+    keeping->account()->add_idle_holder(keeper);
+    keeping->allocate(keeper->pages * at.page);
+    busy->allocate(2 * at.page);
+    busy->allocate(2 * at.page);
+    at.retire(*busy, 2, {2});
+    asker->allocate(2 * at.page);
+    CHECK(keeper->asked == 0);
+    asker->allocate(3 * at.page);
+    CHECK(keeper->asked == 1);
+    CHECK(asker->quota().charged == 5 * at.page);
     CHECK(at.lagging->breach().empty());
 }
 
