@@ -45,7 +45,7 @@ HEADLINES = {
     "allocator": "Torch's allocations",
     "decode": "Milliseconds a token, median,",
     "pause": "A model that sleeps and wakes,",
-    "serving": "{one[requests]} requests of a trace to one model, and three models that share memory,",
+    "serving": "A trace's requests to one model, and three models that share memory,",
     "sharing": "Memory that model A leaves idle, asked for by B,",
     "two-gpus": "A split Llama, and peers' memory,",
     "vllm": "vLLM {vllm} with a Llama of a billion weights,",

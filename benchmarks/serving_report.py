@@ -128,7 +128,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
         label = f"{name}, {way['tokens_per_second']:.0f} tokens/s"
         left.step(firsts, shares, where="post", color=COLORS[name], linewidth=1.8, label=label)
     left.set(xscale="log", ylim=(0, 102), xlabel="seconds to the first token", ylabel="% of all requests")
-    left.set_title(f"One model, {result['one']['requests']} requests", loc="left", fontsize=11)
+    left.set_title("One model", loc="left", fontsize=11)
     for axes, (name, those) in zip(others, series.items()):
         loads = [point["burst"] for point in those]
         for share in SHARES:
