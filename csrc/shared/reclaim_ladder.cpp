@@ -89,15 +89,12 @@ class Ladder {
         std::stable_sort(all.begin(), all.end(),
                          [](const Held& a, const Held& b) { return a.holder->idle_order() < b.holder->idle_order(); });
         for (const Held& each : all) {
-            const Bytes most = share(*each.account);
-            if (most == 0) continue;
-            // It may be parked now, or, in a pool that parks little, be gone already.
-            const Bytes before = each.account->quota().charged;
-            const Bytes released = each.holder->release_idle(most);
-            if (released == 0) continue;
-            const Bytes reclaimed = each.account->reclaim(released, true, any_time, handed_);
-            const Bytes after = each.account->quota().charged;
-            freed_ += std::max(reclaimed, before > after ? before - after : 0);
+            // It may give a piece at a time.
+            for (Bytes freed = 1; freed > 0;) {
+                const Bytes most = share(*each.account);
+                freed = most > 0 ? let_go(*each.holder, *each.account, most) : 0;
+                freed_ += freed;
+            }
         }
     }
 
@@ -117,6 +114,15 @@ class Ladder {
     }
 
   private:
+    Bytes let_go(IdleHolder& holder, Account& of, Bytes most) {
+        const Bytes before = of.quota().charged;
+        const Bytes released = holder.release_idle(most);
+        if (released == 0) return 0;
+        // It may be parked now, or, in a pool that parks little, be gone already.
+        const Bytes reclaimed = of.reclaim(released, true, any_time, handed_);
+        const Bytes after = of.quota().charged;
+        return std::max(reclaimed, before > after ? before - after : 0);
+    }
     // What may be taken of an account now.
     Bytes share(const Account& of) const {
         const Bytes needed = lacking();
