@@ -26,11 +26,13 @@ class PhysicalBudget : public std::enable_shared_from_this<PhysicalBudget> {
 
     // Makes room for `wanted` bytes of `asker`, in this order, each step only as far as needed:
     //   1. its own parked memory;
-    //   2. parked memory of others beyond their reserves, what has been idle longest first;
-    //   3. what IdleHolders keep, by their order, its own and that of others beyond their reserves;
-    //   4. the same of other processes, those that hold most beyond their reserves first;
-    //   5. with `wait`, memory that retires, after waiting for the device; then pressure callbacks of others with lower
-    //      priority, lowest first, and then those in other processes.
+    //   2. parked memory of others beyond their reserves, what has been idle longest first,
+    // and, with `wait`:
+    //   3. what retires, after waiting for the device's work on it;
+    //   4. what IdleHolders keep, by their order, its own and that of others beyond their reserves;
+    //   5. parked memory and what IdleHolders keep in other processes, those that hold most beyond their reserves
+    //   first;
+    //   6. pressure callbacks of others with lower priority, lowest first, and then those in other processes.
     // Where its own limit is in the way, only its own memory helps. Called with no lock held. Parked extents of this
     // process that suit `handed`, which may be null, go there. Returns the bytes freed, those included.
     Bytes make_room(Account& asker, Bytes wanted, bool wait, std::chrono::steady_clock::time_point until,
