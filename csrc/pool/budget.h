@@ -32,10 +32,10 @@ class Budget {
     // Whether someone waits for memory, so that none is to be kept idle.
     virtual bool in_demand() const noexcept = 0;
 
-    // Called with no lock held, after a charge of `wanted` bytes did not fit: makes idle memory go back, also that of
-    // others on the same limit, until it fits or nothing is left. With `wait`, first waits for device work on retiring
-    // memory, and asks others for more than what is idle. What `handed` takes, if it is not null, is part of `wanted`,
-    // and charged. Returns the bytes freed, those included.
+    // Called with no lock held, after a charge of `wanted` bytes did not fit: makes parked memory go back, also that of
+    // others on the same limit, until it fits or nothing is left. With `wait`, then waits for device work on retiring
+    // memory, and asks for what is kept and, of others, for what is in use. What `handed` takes, if it is not null, is
+    // part of `wanted`, and charged. Returns the bytes freed, those included.
     virtual Bytes make_room(Bytes wanted, bool wait, HandOver* handed) = 0;
     // Called with no lock held: waits in line for `bytes`, and returns them charged; nothing where the deadline passed,
     // or where they can never fit. Throws WaitCancelled, InvalidArgument where too many wait.
