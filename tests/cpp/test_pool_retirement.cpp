@@ -150,8 +150,8 @@ TEST_CASE("a late fence on a stream that is gone is replaced by all of the devic
     at.pool->allocate(0, at.page);
     at.faults->set_capturing({1}, true);
     at.pool->deallocate(0, at.page, stream_one);
+    at.faults->fail_from(1, DriverCall::record_fence);  // first, or the worker may record it in between
     at.faults->set_capturing({1}, false);
-    at.faults->fail_from(1, DriverCall::record_fence);
     at.pool->drain();
     CHECK(at.calls(DriverCall::synchronize) >= 1);
     CHECK(at.pool->stats().retiring == 0);
