@@ -18,6 +18,7 @@
 
 #include "shared/block_pool.h"
 #include "shared/shared_memory_pool.h"
+#include "support.h"
 
 namespace {
 
@@ -147,9 +148,7 @@ void add_all(const std::string& device, const DriverPtr& driver) {
 
 int main(int argc, char** argv) {
     benchmark::RegisterBenchmark("mutex", floor_of_mutex)->Arg(1)->Arg(8)->Arg(64)->Arg(512);
-    add_all("host", host_driver());
-    std::string why;
-    if (cuda_device_count(why) > 0) add_all("cuda", cuda_driver(0));
+    for_each_driver(add_all);
     benchmark::RegisterBenchmark("host/sequences", sequences, host_driver())
         ->Arg(4)
         ->Arg(8)

@@ -13,11 +13,11 @@
 #include <sys/mman.h>
 
 #include <chrono>
-#include <cstdio>
 #include <string>
 #include <vector>
 
 #include "pool/virtual_memory_pool.h"
+#include "support.h"
 
 namespace {
 
@@ -34,13 +34,6 @@ class Timer {
   private:
     std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
-
-void must(Status status) {
-    if (!status.ok()) {
-        std::fprintf(stderr, "%s\n", describe(status).c_str());
-        std::abort();
-    }
-}
 
 std::uint64_t calls_of(const MemoryStats& stats) {
     std::uint64_t calls = 0;

@@ -17,7 +17,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
 #include <map>
 #include <string>
 #include <thread>
@@ -26,16 +25,11 @@
 #include "base/error.h"
 #include "base/unique_fd.h"
 #include "driver/vmm_driver.h"
+#include "support.h"
 
 namespace {
 
 using namespace elastikv;
-
-void must(Status status) {
-    if (status.ok()) return;
-    std::fprintf(stderr, "%s\n", describe(status).c_str());
-    std::abort();
-}
 
 template <typename Body>
 double milliseconds(Body body) {
@@ -200,9 +194,7 @@ void add_all(const std::string& device, const DriverPtr& driver) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    add_all("host", host_driver());
-    std::string why;
-    if (cuda_device_count(why) > 0) add_all("cuda", cuda_driver(0));
+    for_each_driver(add_all);
     benchmark::Initialize(&argc, argv);
     benchmark::RunSpecifiedBenchmarks();
 }
