@@ -13,6 +13,7 @@
 #include <string>
 
 #include "pool/virtual_memory_pool.h"
+#include "support.h"
 
 namespace {
 
@@ -31,7 +32,7 @@ void fork(benchmark::State& state, const DriverPtr& driver, bool shares) {
     const Bytes prefix = driver->capabilities().kind == DeviceKind::cuda ? 2 * GiB : 256 * MiB;
     VirtualMemoryPool pool(16 * prefix, driver, options_of(0));
     AllocateOptions options;
-    options.largest_extent = static_cast<Bytes>(state.range(0)) * MiB;
+    options.extents.largest = static_cast<Bytes>(state.range(0)) * MiB;
     pool.allocate(0, prefix, options);
     const Bytes tokens = prefix - page / 2;  // ends in the middle of the last page
     for (auto _ : state) {
@@ -60,9 +61,7 @@ void add_all(const std::string& device, const DriverPtr& driver) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    add_all("host", host_driver());
-    std::string why;
-    if (cuda_device_count(why) > 0) add_all("cuda", cuda_driver(0));
+    for_each_driver(add_all);
     benchmark::Initialize(&argc, argv);
     benchmark::RunSpecifiedBenchmarks();
 }

@@ -115,7 +115,7 @@ Bytes Heap::try_grow(Bin& bin, const HeapRequest& request, HandOver& handed) {
     AllocateOptions options;
     options.stream = bin.stream;
     options.hand_over = &handed;
-    options.largest_extent = largest_extent();
+    options.extents.largest = largest_extent();
     for (;;) {
         const Bytes begin = offset_of(block->address) + (hole.at_back ? block->size - hole.pages : 0);
         const Bytes lacking = pool_->try_claim(begin, hole.pages, options);

@@ -1,6 +1,6 @@
 // Heap: giving memory back.
 #include <algorithm>
-#include <array>
+#include <iterator>
 #include <utility>
 
 #include "heap/heap.h"
@@ -62,14 +62,14 @@ Bytes Heap::release_extents(Bytes wanted, const Block* spared, const Note& note)
 // pass, as it keeps the memory mapped; so it goes back only after the work of every stream that the heap serves.
 std::vector<Stream> Heap::with_other_streams(const std::vector<Stream>& owners) const {
     std::vector<Stream> streams;
-    const auto add = [&](Stream stream) {
-        if (std::find(streams.begin(), streams.end(), stream) == streams.end()) streams.push_back(stream);
+    const auto is_new = [&](Stream stream) {
+        return std::find(streams.begin(), streams.end(), stream) == streams.end();
     };
-    std::for_each(owners.begin(), owners.end(), add);
+    std::copy_if(owners.begin(), owners.end(), std::back_inserter(streams), is_new);
     for (const auto& [id, arena] : arenas_) {
         for (const auto& bin : arena->bins) {
             // Not one that captures a graph, which would keep the memory until the capture ends, or is gone.
-            if (pool_->try_record_fence(bin->stream).ok()) add(bin->stream);
+            if (is_new(bin->stream) && pool_->try_record_fence(bin->stream).ok()) streams.push_back(bin->stream);
         }
     }
     return streams;

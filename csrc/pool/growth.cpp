@@ -20,10 +20,7 @@ Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const Al
             if (!options.bounds.empty()) {
                 of_part.held = options.bounds[i].held;
                 of_part.grow_end = options.bounds[i].grow_end;
-                if (const ExtentSizes sizes = options.bounds[i].extents; sizes.largest > 0) {
-                    of_part.largest_extent = sizes.largest;
-                    of_part.smallest_extent = sizes.smallest;
-                }
+                if (options.bounds[i].extents.largest > 0) of_part.extents = options.bounds[i].extents;
             }
             const Bytes lacking = try_fill_gaps(table_.pages_of(parts[i]), of_part, fresh);
             if (lacking == 0) continue;
@@ -84,23 +81,23 @@ Bytes VirtualMemoryPool::try_fill_gaps(ByteRange pages, const AllocateOptions& o
 
 // Of the first extent of a gap of which so much is left.
 Bytes VirtualMemoryPool::extent_size(Bytes left, const AllocateOptions& options) const {
-    if (options.largest_extent == 0) return left;
-    const Bytes most = std::min(options.largest_extent, left);
-    if (options.smallest_extent == 0 || left <= options.smallest_extent) return most;
+    if (options.extents.largest == 0) return left;
+    const Bytes most = std::min(options.extents.largest, left);
+    if (options.extents.smallest == 0 || left <= options.extents.smallest) return most;
     const Bytes half = *align_up(left / 2, page_size());
-    return std::min(most, std::max(options.smallest_extent, half));
+    return std::min(most, std::max(options.extents.smallest, half));
 }
 
 // What others could give up for these parts.
 void VirtualMemoryPool::want(std::span<const ByteRange> parts, Bytes lacking, const AllocateOptions& options) const {
     if (options.hand_over == nullptr) return;
-    Bytes largest = options.largest_extent;
+    Bytes largest = options.extents.largest;
     if (largest == 0) {
         for (const ByteRange& part : parts) {
             for (const ByteRange& gap : table_.gaps(table_.pages_of(part))) largest = std::max(largest, gap.size());
         }
     }
-    options.hand_over->want(lacking, largest, /*exact=*/options.largest_extent > 0);
+    options.hand_over->want(lacking, largest, /*exact=*/options.extents.largest > 0);
 }
 
 Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh) {
@@ -117,7 +114,7 @@ Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& opti
         const Status status = try_make_extent(range, /*zero=*/true, fresh, std::move(physical));
         if (status.call == DriverCall::zero) throw CudaError(status, "scrubbing what another owner gave up");
         if (!status.ok()) throw MappingFailed(status, range);
-        fresh.back().fixed = options.largest_extent > 0;
+        fresh.back().fixed = options.extents.largest > 0;
         at = range.end;
     }
     return 0;
@@ -133,7 +130,7 @@ Bytes VirtualMemoryPool::try_fill_with_new(ByteRange gap, const AllocateOptions&
         const bool zero = options_.scrub_fresh || options.zero;
         const Status status = try_make_extent(range, zero, fresh);
         if (status.ok()) {
-            fresh.back().fixed = options.largest_extent > 0;
+            fresh.back().fixed = options.extents.largest > 0;
             return 0;
         }
         if (status.code == StatusCode::out_of_memory && status.call == DriverCall::create) continue;
@@ -151,7 +148,7 @@ bool VirtualMemoryPool::try_charge(Bytes bytes, Grant* grant) noexcept {
 Bytes VirtualMemoryPool::open_ended_end(ByteRange gap, const AllocateOptions& options) const {
     if (!options.open_ended) return gap.end;
     Bytes limit = std::min(align_down(std::max(options.grow_end, gap.end), page_size()), capacity());
-    if (options.largest_extent > 0) limit = std::min(limit, gap.begin + options.largest_extent);
+    if (options.extents.largest > 0) limit = std::min(limit, gap.begin + options.extents.largest);
     const double holds = static_cast<double>(options.held + gap.size());
     const Bytes ahead = align_down(static_cast<Bytes>(holds * options_.growth_share), page_size());
     if (ahead == 0 || limit <= gap.end) return gap.end;

@@ -40,12 +40,15 @@ class Grant;
 class HandOver;
 struct WaitOptions;
 
-// See AllocateOptions.
+// What new memory comes in, whole pages.
 struct ExtentSizes {
-    Bytes largest = 0;
+    Bytes largest = 0;  // 0: one extent a gap
+    // Towards the end of a gap extents are halves of what is left of it, down to this size; so what is shared up to a
+    // place near the end leaves little to copy. 0: they are not.
     Bytes smallest = 0;
 };
 
+// See AllocateOptions.
 struct GrowthBound {
     Bytes held = 0;
     Bytes grow_end = 0;
@@ -59,15 +62,12 @@ struct AllocateOptions {
     bool open_ended = false;
     Bytes held = 0;
     Bytes grow_end = 0;
-    // Of a call with several parts, for each: takes the place of the two, and of the
-    // extents' sizes below where it has any. It lives until the call returns.
+    // Of a call with several parts, for each: takes the place of the two, and of `extents` where it has any. It lives
+    // until the call returns.
     std::span<const GrowthBound> bounds{};
-    // What is new comes in extents up to this size, whole pages; 0: one extent a gap. Memory that may be shared is
-    // given such extents, as an extent is shared whole: see VirtualMemoryPool::alias.
-    Bytes largest_extent = 0;
-    // Beside it: towards the end of a gap extents are halves of what is left of it, down to this size, whole pages; so
-    // what is shared up to a place near the end leaves little to copy. 0: they are not.
-    Bytes smallest_extent = 0;
+    // Memory that may be shared is given extents of a limited size, as an extent is shared whole: see
+    // VirtualMemoryPool::alias.
+    ExtentSizes extents{};
     // Where memory is short, wait in line for it; null: don't. It lives until the call returns.
     const WaitOptions* wait = nullptr;
     Grant* grant = nullptr;         // paid from before the budget is charged

@@ -90,9 +90,9 @@ class Ladder {
                          [](const Held& a, const Held& b) { return a.holder->idle_order() < b.holder->idle_order(); });
         for (const Held& each : all) {
             // It may give a piece at a time.
-            for (Bytes freed = 1; freed > 0;) {
-                const Bytes most = share(*each.account);
-                freed = most > 0 ? let_go(*each.holder, *each.account, most) : 0;
+            while (const Bytes most = share(*each.account)) {
+                const Bytes freed = let_go(*each.holder, *each.account, most);
+                if (freed == 0) break;
                 freed_ += freed;
             }
         }

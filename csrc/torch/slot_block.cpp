@@ -186,9 +186,7 @@ void SlotBlock::shrink(std::span<const RowTokens> rows) {
 void SlotBlock::fork(std::uint64_t to, std::uint64_t from, std::uint64_t tokens) {
     AllocateOptions options;
     options.stream = current_stream(model()->pool().device());
-    const ExtentSizes sizes = extents_for(pages_for(tokens));
-    options.largest_extent = sizes.largest;
-    options.smallest_extent = sizes.smallest;
+    options.extents = extents_for(pages_for(tokens));
     region_->claim_with_room({}, options, [&](const AllocateOptions& given) {
         const std::lock_guard lock(mutex_);
         return try_fork(to, from, tokens, given);

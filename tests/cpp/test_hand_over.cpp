@@ -302,7 +302,7 @@ TEST_CASE("property: at random, memory that changes hands is scrubbed, charged a
                 } else if (random.one_in(2) || held[who].empty()) {
                     const Bytes size = 1 + random.below(random.one_in(4) ? 40 * at.page : 8 * at.page);
                     AllocateOptions options;
-                    if (random.one_in(4)) options.largest_extent = 3 * at.page;
+                    if (random.one_in(4)) options.extents.largest = 3 * at.page;
                     const Address address = model.allocate(size, options);
                     const ByteRange pages = align_outward({address, address + size}, at.page);
                     at.settle();

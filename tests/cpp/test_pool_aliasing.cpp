@@ -8,7 +8,7 @@ namespace {
 
 AllocateOptions in_extents_of(Bytes size) {
     AllocateOptions options;
-    options.largest_extent = size;
+    options.extents.largest = size;
     return options;
 }
 

@@ -185,7 +185,7 @@ TEST_CASE("what is known to be clean is not zeroed again", "[pool][scrub]") {
 TEST_CASE("a request may be kept to extents of a size, which then go back one by one", "[pool][growth]") {
     PoolFixture at;
     AllocateOptions options;
-    options.largest_extent = 4 * at.page;
+    options.extents.largest = 4 * at.page;
     CHECK(at.pool->try_claim(0, 10 * at.page, options) == 0);
     CHECK(at.pool->stats().extents == 3);
     const std::vector<ByteRange> all = {{0, 4 * at.page}, {4 * at.page, 8 * at.page}, {8 * at.page, 10 * at.page}};
@@ -204,8 +204,8 @@ TEST_CASE("a request may be kept to extents of a size, which then go back one by
 TEST_CASE("towards the end of a request extents may be halves of what is left", "[pool][growth]") {
     PoolFixture at;
     AllocateOptions options;
-    options.largest_extent = 8 * at.page;
-    options.smallest_extent = 2 * at.page;
+    options.extents.largest = 8 * at.page;
+    options.extents.smallest = 2 * at.page;
     const auto sizes = [&](Bytes begin, Bytes pages) {
         at.pool->allocate(begin, pages * at.page, options);
         std::vector<Bytes> found;
@@ -230,7 +230,7 @@ TEST_CASE("towards the end of a request extents may be halves of what is left", 
 TEST_CASE("open-ended growth in extents of a size maps ahead within the last of them", "[pool][growth]") {
     PoolFixture at({.options = {.growth_share = 1.0}});
     AllocateOptions options = open_ended(0, 64 * at.page);
-    options.largest_extent = 4 * at.page;
+    options.extents.largest = 4 * at.page;
     at.pool->allocate(0, 10 * at.page, options);
     CHECK(at.pool->physical_memory_usage() == 12 * at.page);
     CHECK(at.pool->stats().extents == 3);
@@ -270,7 +270,7 @@ TEST_CASE("a claim says what room it needs, and makes none", "[pool][growth]") {
     at.pool->allocate(32 * at.page, 4 * at.page);
     at.pool->deallocate(32 * at.page, 4 * at.page);  // parked, so there is room to be made
     AllocateOptions options;
-    options.largest_extent = 2 * at.page;
+    options.extents.largest = 2 * at.page;
     CHECK(at.pool->try_claim(0, 8 * at.page, options) == 8 * at.page);  // nothing of it is kept
     CHECK(at.pool->stats().live == 0);
     CHECK(at.pool->physical_memory_usage() == 4 * at.page);

@@ -162,7 +162,7 @@ TEST_CASE("small extents side by side come back as one, fixed ones as they were"
     const Bytes page = at.page;
     for (Bytes i = 0; i < 8; ++i) at.pool->allocate(i * page, page);
     AllocateOptions fixed;
-    fixed.largest_extent = 2 * page;
+    fixed.extents.largest = 2 * page;
     at.pool->allocate(8 * page, 8 * page, fixed);
     for (Bytes i = 0; i < 16; ++i) at.stamp(i * page, page, static_cast<std::uint8_t>(i));
     at.pool->pause({{{0, 4 * page}, true}, {{4 * page, 32 * page}, true}}, Keep::on_host);
@@ -177,7 +177,7 @@ TEST_CASE("what is shared is copied once and shared again", "[pool][pause][alias
         PoolFixture at(setup);
         const Bytes page = at.page;
         AllocateOptions options;
-        options.largest_extent = 2 * page;
+        options.extents.largest = 2 * page;
         at.pool->allocate(0, 6 * page, options);
         at.stamp(0, 6 * page, 4);
         at.pool->alias(20 * page, 0, 5 * page, 5 * page, options);
@@ -340,7 +340,7 @@ TEST_CASE("invariant 2: a resume is all or nothing, and no data is lost", "[pool
     const auto prepare = [](PoolFixture& at) {
         scatter(at);
         AllocateOptions options;
-        options.largest_extent = 2 * at.page;
+        options.extents.largest = 2 * at.page;
         at.pool->alias(32 * at.page, 2 * at.page, 4 * at.page, 4 * at.page, options);
         pause(at);
     };

@@ -330,9 +330,8 @@ class Engine:
         if self._holder == threading.get_ident():
             return 0
         if not self._lock.acquire(blocking=False):
-            self._wanted_by_others = max(
-                self._wanted_by_others, wanted
-            )  # at the next step, which may be for this alone
+            # At the next step, which may be for this alone.
+            self._wanted_by_others = max(self._wanted_by_others, wanted)
             self.wake()
             return 0
         try:

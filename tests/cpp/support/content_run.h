@@ -135,7 +135,7 @@ class ContentRun {
     AllocateOptions some_options() {
         AllocateOptions options;
         options.stream = stream_;
-        options.largest_extent = random_.one_in(2) ? (1 + random_.below(3)) * page_ : 0;
+        options.extents.largest = random_.one_in(2) ? (1 + random_.below(3)) * page_ : 0;
         return options;
     }
 
