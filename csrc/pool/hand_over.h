@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "pool/budget.h"
@@ -36,6 +37,9 @@ class HandOver {
     std::shared_ptr<PhysicalExtent> next(Bytes left) noexcept;
 
     Bytes total() const noexcept { return total_; }
+    // For the one who makes room: notes whether the budget has room for what the last attempt lacked. Whether it had at
+    // the attempt before, too: then it is the device that lacks it, and not just memory that came back meanwhile.
+    bool note_room(bool there) noexcept { return std::exchange(had_room_, there); }
     // To the device, with the charge: what did not fit, or is no longer needed. Returns the bytes. What the driver
     // refuses twice stays charged, as it is still there, and counts as abandoned.
     Bytes give_back() noexcept;
@@ -52,6 +56,7 @@ class HandOver {
     bool exact_ = false;
     std::vector<std::shared_ptr<PhysicalExtent>> extents_;  // the largest first
     Bytes total_ = 0;
+    bool had_room_ = false;
 };
 
 }  // namespace elastikv

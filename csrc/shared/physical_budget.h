@@ -34,7 +34,8 @@ class PhysicalBudget : public std::enable_shared_from_this<PhysicalBudget> {
     //   first;
     //   6. pressure callbacks of others with lower priority, lowest first, and then those in other processes.
     // Where its own limit is in the way, only its own memory helps. Called with no lock held. Parked extents of this
-    // process that suit `handed`, which may be null, go there. Returns the bytes freed, those included.
+    // process that suit `handed`, which may be null, go there. Returns the bytes freed, those included; `wanted` where
+    // memory that came back since the last attempt of this `handed` may do.
     Bytes make_room(Account& asker, Bytes wanted, bool wait, std::chrono::steady_clock::time_point until,
                     HandOver* handed);
     // Gives all parked memory, and what IdleHolders keep, back. Returns the bytes freed.

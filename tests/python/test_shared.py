@@ -67,8 +67,10 @@ def test_memory_that_changes_hands_holds_zeros(device, rounds):
             assert all(int((part == 0).sum()) == len(part) for part in parts)
             for part in parts:
                 part.fill_(number + 1)
-            del parts, part
-            model.drain()
+            del part
+            while parts:
+                del parts[0]
+                model.drain()  # so that the smaller one has been idle for longer, and goes first
         assert models[1].stats().received == (0 if device == "cpu" else size * rounds // 2)
 
 

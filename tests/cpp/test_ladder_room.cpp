@@ -1,0 +1,86 @@
+// The reclaim ladder where the ledger has room: memory came back meanwhile, or it is the device that has none.
+#include <utility>
+
+#include "shared/shared_memory_pool.h"
+#include "support/pool_fixture.h"
+#include "support/watching_driver.h"
+
+namespace elastikv::testing {
+namespace {
+
+// Keeps memory for use later, until somebody asks.
+class Keeper final : public IdleHolder {
+  public:
+    Keeper(ModelPtr model, Bytes size) : model_(std::move(model)), size_(size) { model_->allocate(size); }
+    Bytes release_idle(Bytes) override {
+        ++asked;
+        if (size_ > 0) model_->deallocate(0, size_);
+        return std::exchange(size_, 0);
+    }
+
+    int asked = 0;
+
+  private:
+    const ModelPtr model_;
+    Bytes size_;
+};
+
+std::shared_ptr<Keeper> keeper_of(const ModelPtr& model, Bytes size) {
+    auto keeper = std::make_shared<Keeper>(model, size);
+    model->account()->add_idle_holder(keeper);
+    return keeper;
+}
+
+// A device with less memory than the ledger's limit.
+class SmallDevice final : public ForwardingDriver {
+  public:
+    SmallDevice(std::shared_ptr<WatchingDriver> watched, Bytes size)
+        : ForwardingDriver(watched), watched_(std::move(watched)), size_(size) {}
+    Status create(Bytes size, ExtentHandle& out) noexcept override {
+        if (watched_->physical() + size > size_) return {StatusCode::out_of_memory, DriverCall::create, 0};
+        return ForwardingDriver::create(size, out);
+    }
+
+  private:
+    Status forward(DriverCall, Forwarded& go) noexcept override { return go(); }
+
+    const std::shared_ptr<WatchingDriver> watched_;
+    const Bytes size_;
+};
+
+TEST_CASE("memory that comes back while a claim fails is taken before anyone is asked", "[shared][ladder]") {
+    const auto driver = std::make_shared<WatchingDriver>(std::make_shared<HostDriver>());
+    const Bytes page = driver->capabilities().granularity;
+    SharedMemoryPool shared(8 * page, driver);
+    const auto keeper = keeper_of(shared.register_model("keeping", MiB), 4 * page);
+    const ModelPtr busy = shared.register_model("busy", MiB);
+    const ModelPtr asker = shared.register_model("asker", MiB);
+    busy->allocate(2 * page);
+    const auto region = asker->reserve(8 * page);
+    bool back = false;
+    driver->before = [&](DriverCall call) {
+        // The asker's second extent did not fit, and it undoes the first.
+        if (call != DriverCall::release || std::exchange(back, true)) return;
+        busy->deallocate(0, 2 * page);
+        busy->account()->reclaim(2 * page, false);
+    };
+    region->claim(0, 4 * page, {.extents = {.largest = 2 * page}});
+    CHECK(back);
+    CHECK(keeper->asked == 0);
+    CHECK(busy->quota().charged == 0);
+    CHECK(shared.global_stats().physical_usage == 8 * page);
+}
+
+TEST_CASE("where the device lacks what the ledger has room for, those who keep memory are asked", "[shared][ladder]") {
+    const auto driver = std::make_shared<WatchingDriver>(std::make_shared<HostDriver>());
+    const Bytes page = driver->capabilities().granularity;
+    SharedMemoryPool shared(64 * page, std::make_shared<SmallDevice>(driver, 4 * page));
+    const auto keeper = keeper_of(shared.register_model("keeping", MiB), 4 * page);
+    const ModelPtr asker = shared.register_model("asker", MiB);
+    asker->allocate(3 * page);
+    CHECK(keeper->asked == 1);
+    CHECK(driver->physical() == 3 * page);
+}
+
+}  // namespace
+}  // namespace elastikv::testing
