@@ -31,6 +31,7 @@ def single(plain: dict[str, Any], elastic: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": [statistics.median(one["steady"][0]["tokens_per_second"]) for one in both],
         "gap_p50_ms": [one["steady"][0]["gap_p50_ms"] for one in both],
         "gap_p99_ms": [one["steady"][0]["gap_p99_ms"] for one in both],
+        "longest_steps": [one["steady"][0].get("longest_steps", []) for one in both],
         "startup_s": [one["startup"] for one in both],
         "idle_bytes": [one["idle_at_start"] for one in both],
         "after_burst_bytes": [one["idle"][0]["after_burst"] for one in both],
@@ -57,6 +58,8 @@ def sharing(static: dict[str, Any], elastic: dict[str, Any], loads: list[float],
                 "p99": percentile(waits, 0.99),
                 "within_slo": sum(wait <= slo for wait in waits) / len(waits),
             }
+            if name == "elastic":
+                point["elastic_driver_calls"] = [trace.get("driver_calls", {}) for trace in traces]
         points.append(point)
     return points
 
@@ -97,6 +100,12 @@ def print_tables(result: dict[str, Any]) -> None:
             plain, elastic = one[name]
             label = name.replace("bytes", "MiB")
             print(f"  {label:18} plain {plain / unit:10.2f}  elastic {elastic / unit:10.2f}  {elastic / plain:6.3f} x")
+        for name, rounds in zip(("plain", "elastic"), one.get("longest_steps", ())):
+            for number, found in enumerate(rounds):
+                for when, steps in found.items():
+                    print(f"  longest steps of {name}, look {number + 1}, {when}:")
+                    for step in steps:
+                        print("    " + ", ".join(f"{key} {value:g}" for key, value in step.items()))
         print(f"  a burst's memory is back to {one['returned_bytes'] / MIB:.0f} MiB after {one['return_s']:.3f} s")
     for group, points in groups(result).items():
         many, shares = GROUPS[group]
@@ -107,6 +116,9 @@ def print_tables(result: dict[str, Any]) -> None:
                 f"{elastic['p99']:.2f} s with one ledger, {_sooner(point)}; of {elastic['requests']} within "
                 f"{result['slo']:g} s {static['within_slo']:.1%} and {elastic['within_slo']:.1%}"
             )
+            for number, calls in enumerate(point.get("elastic_driver_calls", ())):
+                made = ", ".join(f"{call} {each} ({us:.1f} us)" for call, (each, us) in calls.items() if each)
+                print(f"  driver calls of engine {number + 1}: {made}")
         best = [load_in_time(points, way) for way in WAYS]
         print(
             f"{many}: {IN_TIME:.0%} within {result['slo']:g} s up to {best[0]:g} requests/s with {shares}, {best[1]:g}"

@@ -80,7 +80,7 @@ def test_the_loop_serves_what_comes_and_says_who_got_nothing(until):
     import vllm_worker
 
     worker = object.__new__(vllm_worker.Worker)
-    worker.engine, worker.number, worker.kv_bytes = Instant(3), 0, lambda: 7
+    worker.engine, worker.number, worker.kv_bytes, worker.ledger = Instant(3), 0, lambda: 7, None
     worker.sampling = lambda n: n
     due = [(0.001 * i, 8, 3) for i in range(20)]
     found = worker.trace(begin=time.time(), arrivals=due, until=until, seed=0)
@@ -92,9 +92,50 @@ def test_the_loop_serves_what_comes_and_says_who_got_nothing(until):
     assert not worker.engine.running
 
 
+def core(engine):
+    """As much of vLLM's core as the loop looks at, around an engine that is not vLLM's."""
+    scheduler = SimpleNamespace(
+        kv_cache_manager=SimpleNamespace(block_pool=object()),
+        schedule=lambda: SimpleNamespace(total_num_scheduled_tokens=len(engine.running)),
+    )
+    return SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
+
+
+def test_steady_rounds_and_a_look_at_the_longest_steps():
+    import vllm_worker
+
+    worker = object.__new__(vllm_worker.Worker)
+    worker.engine, worker.number = Instant(20), 0
+    worker.engine.engine_core = core(worker.engine)
+    scheduler, step = worker.engine.engine_core.engine_core.scheduler, worker.engine.step
+    schedule = scheduler.schedule
+
+    def scheduled_step():
+        scheduler.schedule()
+        return step()
+
+    worker.engine.step = scheduled_step
+    worker.sampling = lambda n: n
+    found = worker.steady(requests=5, prompt=8, n=20, rounds=3)
+    assert len(found["tokens_per_second"]) == 3 and found["gap_p50_ms"] <= found["gap_p99_ms"]
+    assert len(found["longest_steps"]) == 2
+    for look in found["longest_steps"]:
+        assert len(look["all run"]) == 8
+        assert [each["ms"] for each in look["all run"]] == sorted(
+            (each["ms"] for each in look["all run"]), reverse=True
+        )
+        assert {each["tokens"] for each in look["all run"]} == {5} and len(look["filling"]) == 1
+    assert scheduler.schedule is schedule
+
+
 def trace(waits):
     """A request each 100 ms."""
-    return {"arrived": [0.1 * i for i in range(len(waits))], "first": waits, "held": [[0, 1]], "steps": 1}
+    return {
+        "arrived": [0.1 * i for i in range(len(waits))],
+        "first": waits,
+        "held": [[0, 1]],
+        "driver_calls": {"create": [3, 10.0]},
+    }
 
 
 def write_sharing(folder, group, engines, loads):
@@ -122,7 +163,8 @@ def test_report_of_parts(tmp_path, capsys):
     )
     one = {
         "startup": 6.0, "idle_at_start": 1 << 30, "outputs": [{"tokens": [[1], [2]]}] * 2,
-        "steady": [{"tokens_per_second": [100.0], "gap_p50_ms": 5.0, "gap_p99_ms": 9.0}],
+        "steady": [{"tokens_per_second": [100.0], "gap_p50_ms": 5.0, "gap_p99_ms": 9.0,
+                    "longest_steps": [{"all run": [{"ms": 9.0, "tokens": 128, "step": 3}]}]}],
         "idle": [{"after_burst": 1 << 30, "without_prefixes": 48 << 20, "seconds": 0.1}],
     }  # fmt: skip
     for name, idle in (("single-plain", 1 << 30), ("single-elastic", 48 << 20)):
