@@ -7,6 +7,10 @@ from typing import Any
 
 Bar = tuple[str, float, float, bool]
 MIB = 1 << 20
+# Engines that share memory: how many they are, and what a static share of it is called.
+GROUPS = {"pair": ("two engines", "halves"), "trio": ("three engines", "thirds")}
+WAYS = {"static": "tab:gray", "elastic": "tab:green"}
+IN_TIME = 0.99  # of all requests, where a load is served within the SLO
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -27,6 +31,7 @@ def single(plain: dict[str, Any], elastic: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": [statistics.median(one["steady"][0]["tokens_per_second"]) for one in both],
         "gap_p50_ms": [one["steady"][0]["gap_p50_ms"] for one in both],
         "gap_p99_ms": [one["steady"][0]["gap_p99_ms"] for one in both],
+        "longest_steps": [one["steady"][0].get("longest_steps", []) for one in both],
         "startup_s": [one["startup"] for one in both],
         "idle_bytes": [one["idle_at_start"] for one in both],
         "after_burst_bytes": [one["idle"][0]["after_burst"] for one in both],
@@ -35,21 +40,48 @@ def single(plain: dict[str, Any], elastic: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def pair(static: dict[str, Any], elastic: dict[str, Any], loads: list[float], until: float, slo: float) -> Any:
-    """A point a load: both engines' requests together; one without a first token counts as if it came at the end."""
+def sharing(static: dict[str, Any], elastic: dict[str, Any], loads: list[float], until: float, slo: float) -> Any:
+    """A point a load: all engines' requests together. Who has no first token at the end has waited until then."""
     points = []
     for i, load in enumerate(loads):
         point: dict[str, Any] = {"load": load}
         for name, found in (("static", static), ("elastic", elastic)):
-            waits = [until if w is None else w for one in found.values() for w in one["trace"][i]["first"]]
+            traces = [one["trace"][i] for one in found.values()]
+            waits = [
+                until - came if first is None else first
+                for trace in traces
+                for came, first in zip(trace["arrived"], trace["first"])
+            ]
             point[name] = {
                 "requests": len(waits),
                 "p50": percentile(waits, 0.5),
                 "p99": percentile(waits, 0.99),
                 "within_slo": sum(wait <= slo for wait in waits) / len(waits),
             }
+            if name == "elastic":
+                point["elastic_driver_calls"] = [trace.get("driver_calls", {}) for trace in traces]
         points.append(point)
     return points
+
+
+def load_in_time(points: list[dict[str, Any]], way: str) -> float:
+    """The highest load that is served within the SLO, as all lower ones are; 0 where none is."""
+    best = 0.0
+    for point in points:
+        if point[way]["within_slo"] < IN_TIME:
+            break
+        best = point["load"]
+    return best
+
+
+def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    return {group: result[group] for group in GROUPS if result.get(group)}
+
+
+def _sooner(point: dict[str, Any]) -> str:
+    """How many times sooner the ledger's p99 is."""
+    ratio = point["static"]["p99"] / point["elastic"]["p99"]
+    return f"{ratio:.1f} x" if ratio < 10 else f"{ratio:.0f} x"
 
 
 def _ratio(both: list[float]) -> float:
@@ -68,13 +100,28 @@ def print_tables(result: dict[str, Any]) -> None:
             plain, elastic = one[name]
             label = name.replace("bytes", "MiB")
             print(f"  {label:18} plain {plain / unit:10.2f}  elastic {elastic / unit:10.2f}  {elastic / plain:6.3f} x")
+        for name, rounds in zip(("plain", "elastic"), one.get("longest_steps", ())):
+            for number, found in enumerate(rounds):
+                for when, steps in found.items():
+                    print(f"  longest steps of {name}, look {number + 1}, {when}:")
+                    for step in steps:
+                        print("    " + ", ".join(f"{key} {value:g}" for key, value in step.items()))
         print(f"  a burst's memory is back to {one['returned_bytes'] / MIB:.0f} MiB after {one['return_s']:.3f} s")
-    for point in result.get("pair", ()):
-        static, elastic = point["static"], point["elastic"]
+    for group, points in groups(result).items():
+        many, shares = GROUPS[group]
+        for point in points:
+            static, elastic = point["static"], point["elastic"]
+            print(
+                f"{many}, {point['load']:g} requests/s at peak: first token p99 {static['p99']:.2f} s with {shares}, "
+                f"{elastic['p99']:.2f} s with one ledger, {_sooner(point)}; of {elastic['requests']} within "
+                f"{result['slo']:g} s {static['within_slo']:.1%} and {elastic['within_slo']:.1%}"
+            )
+            for number, calls in enumerate(point.get("elastic_driver_calls", ())):
+                made = ", ".join(f"{call} {each} ({us:.1f} us)" for call, (each, us) in calls.items() if each)
+                print(f"  driver calls of engine {number + 1}: {made}")
+        best = [load_in_time(points, way) for way in WAYS]
         print(
-            f"two engines, {point['load']:g} requests/s at peak: first token p99 {static['p99']:.2f} s with halves, "
-            f"{elastic['p99']:.2f} s with one ledger, {static['p99'] / elastic['p99']:.1f} x; "
-            f"in time {static['within_slo']:.0%} and {elastic['within_slo']:.0%} of {elastic['requests']}"
+            f"{many}: {IN_TIME:.0%} within {result['slo']:g} s up to {best[0]:g} requests/s with {shares}, {best[1]:g}"
         )
     killed = result.get("kill")
     if killed:
@@ -133,13 +180,32 @@ def markdown(result: dict[str, Any]) -> str:
         f"Without the kept prefixes the burst's memory is back to {one['returned_bytes'] / MIB:.0f} MiB after "
         f"{one['return_s']:.2f} s."
     )
+    for group, points in groups(result).items():
+        text += ["", *_table_of(group, points, result["slo"])]
     killed = result.get("kill")
     if killed:
+        text += [""] * bool(groups(result))
         text.append(
             f"After kill -9 of one of two engines its {killed['victim_held'] / MIB:,.0f} MiB are free within "
             f"{killed['seconds'] * 1e3:.0f} ms; the other served {killed['other_served']} of {killed['other_asked']}."
         )
     return "\n".join(text)
+
+
+def _table_of(group: str, points: list[dict[str, Any]], slo: float) -> list[str]:
+    many, shares = GROUPS[group]
+    text = [
+        f"| {many}, requests/s at the peak | first token p99, static {shares} | one ledger | | within {slo:g} s, "
+        f"static {shares} | one ledger |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for point in points:
+        static, elastic = point["static"], point["elastic"]
+        text.append(
+            f"| {point['load']:g} | {static['p99'] * 1e3:,.0f} ms | {elastic['p99'] * 1e3:,.0f} ms | "
+            f"{_sooner(point)} sooner | {static['within_slo']:.1%} | {elastic['within_slo']:.1%} |"
+        )
+    return text
 
 
 def bars(result: dict[str, Any]) -> list[Bar]:
@@ -160,9 +226,12 @@ def bars(result: dict[str, Any]) -> list[Bar]:
             under("startup against plain", _ratio(one["startup_s"]), 1.05)
         under("idle KV memory, MiB", max(one["idle_bytes"][1], one["returned_bytes"]) / MIB, 64)
         under("seconds until a burst's memory is back", one["return_s"], 1)
-    if result.get("pair"):
-        best = max(point["static"]["p99"] / point["elastic"]["p99"] for point in result["pair"])
-        over("p99 to the first token: times better than halves", best, 1.2)
+    for group, points in groups(result).items():
+        many, shares = GROUPS[group]
+        best = max(point["static"]["p99"] / point["elastic"]["p99"] for point in points)
+        over(f"{many}: p99 to the first token, times better than {shares} at best", best, 1.2)
+        static, elastic = (points[-1][way]["within_slo"] for way in WAYS)
+        over(f"{many}: requests in time at the highest load, against {shares}", elastic / max(static, 1e-9), 1.0)
     killed = result.get("kill")
     if killed:
         under("seconds until a killed engine's memory is free", killed["seconds"], 1)
@@ -171,20 +240,29 @@ def bars(result: dict[str, Any]) -> list[Bar]:
 
 
 def picture(result: dict[str, Any], path: str) -> None:
-    import matplotlib
+    """A row for two engines and one for three: p99 to the first token, and requests within the SLO, over load. Numbers
+    are how many times later the static share's p99 is."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    loads = [point["load"] for point in result["pair"]]
-    for name, label, color in (("static", "static halves", "tab:gray"), ("elastic", "one ledger", "tab:green")):
-        left.plot(loads, [point[name]["p99"] for point in result["pair"]], "o-", label=label, color=color)
-        right.plot(loads, [100 * point[name]["within_slo"] for point in result["pair"]], "o-", color=color)
-    left.set(yscale="log", xlabel="requests/s at the peak", ylabel="seconds", title="p99 time to the first token")
-    right.set(xlabel="requests/s at the peak", ylabel="%", ylim=(0, 102))
-    right.set_title(f"first token within {result['slo']:g} s")
-    left.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    found = groups(result)
+    figure = Figure(figsize=(9, 3.4 * len(found)), dpi=120, layout="constrained")
+    for (left, right), (group, points) in zip(figure.subplots(len(found), 2, squeeze=False), found.items()):
+        many, shares = GROUPS[group]
+        loads = [point["load"] for point in points]
+        for way, color in WAYS.items():
+            label = f"static {shares}" if way == "static" else "one ledger"
+            left.plot(loads, [point[way]["p99"] for point in points], "o-", label=label, color=color)
+            right.plot(loads, [100 * point[way]["within_slo"] for point in points], "o-", color=color)
+        for point in points:
+            late = max(point[way]["p99"] for way in WAYS)
+            left.annotate(_sooner(point), (point["load"], late), (0, 5), textcoords="offset points", ha="center",
+                          fontsize=8)  # fmt: skip
+        left.axhline(result["slo"], color="tab:red", linewidth=0.8, linestyle=":", label=f"SLO, {result['slo']:g} s")
+        left.set(yscale="log", xlabel="requests/s at the peak", ylabel="seconds")
+        left.set_title(f"{many.capitalize()}: p99 time to the first token", loc="left", fontsize=10)
+        left.margins(y=0.12)
+        right.axhline(100 * IN_TIME, color="tab:red", linewidth=0.8, linestyle=":")
+        right.set(xlabel="requests/s at the peak", ylabel="% of requests", ylim=(0, 104))
+        right.set_title(f"First token within {result['slo']:g} s", loc="left", fontsize=10)
+        left.legend(frameon=False, fontsize=8)
+    figure.savefig(path)

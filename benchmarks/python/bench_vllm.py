@@ -1,24 +1,27 @@
 #!/usr/bin/env python3
 """vLLM with elastikv's plugin beside plain vLLM, on one GPU, with a random model of a billion weights.
 
-    benchmarks/python/bench_vllm.py [--sections single,pair,kill] [--json FILE] [--picture FILE]
+    benchmarks/python/bench_vllm.py [--sections single,pair,trio,kill] [--json FILE] [--picture FILE]
 
 single  one engine, plain and then elastic: the tokens of 256 mixed requests, throughput, time between tokens, startup,
         KV memory when idle and how soon a burst's is back
-pair    two engines with peaks that alternate: static halves of the KV memory, and one ledger over all of it; time to
-        the first token over load
+pair    two engines with peaks one after the other: static halves of the KV memory, and one ledger over all of it;
+        time to the first token, and requests that have it in time, over load
+trio    the same with three engines and thirds
 kill    kill -9 of one of two engines under load: when its memory is the other's, and that the other goes on
 steps   where a decode step's time goes, plain and elastic: methods and driver calls on the CPU, kernels on the GPU; in
         no table of results. bench_vllm_attention has attention alone, over other layouts
 
-Parts can be run apart, as `single-plain,single-elastic`, `pair-static,pair-elastic`, `steps-plain,steps-elastic`, and
-join in the folder of --work.
+Parts can be run apart, as `single-plain,single-elastic`, `pair-static,pair-elastic`, `trio-static,trio-elastic`,
+`steps-plain,steps-elastic`, and join in the folder of --work. A part of `pair` or `trio` takes SPAN + REST seconds a
+load, and the engines' start.
 Needs vLLM; every engine is a process, and lives in it (VLLM_ENABLE_V1_MULTIPROCESSING=0).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -27,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +50,15 @@ OPTIONS = {
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
                            "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 192, 256]},
 }  # fmt: skip
-PAIR_KV = 4 << 30  # bytes of KV cache that two engines share: some 60 sequences of 1k
-LOADS = (4.0, 7.0, 10.0)  # requests a second of the engine that has its peak
-PHASE = 7.0  # seconds of a peak
-SLO = 1.0  # seconds to the first token
-UNTIL = 2 * PHASE + 5  # seconds of a trace; what has no token by then has waited as long
+SHARED_KV = 4 << 30  # bytes of KV cache that the engines have together: some 50 sequences of PROMPT + ANSWER tokens
+PROMPT, ANSWER = 1024, 384  # tokens of each request
+# Requests a second of the engine that has its peak: from where each does with its static share to where all of the
+# memory is just enough.
+LOADS = {"pair": (6.0, 12.0, 17.0, 22.0), "trio": (5.0, 9.0, 14.0, 20.0)}
+ENGINES = {"pair": ("a", "b"), "trio": ("a", "b", "c")}
+SPAN = 12.0  # seconds in which requests come; an equal part of them is the peak of each engine
+REST = 3.0  # seconds more to serve them
+SLO = 0.5  # seconds to the first token
 
 
 class Bench:
@@ -131,20 +139,23 @@ class Bench:
         tasks = [{"do": "steps", "requests": 128, "prompt": 512, "n": 256, "count": 100, "profile": 30}]
         self.finish(part, one=self.start(part, "one", tasks, elastic, {"gpu_memory_utilization": 0.5}))
 
-    def pair(self, elastic: bool) -> None:
-        part = "pair-elastic" if elastic else "pair-static"
-        share = PAIR_KV if elastic else PAIR_KV // 2
+    def sharing(self, group: str, elastic: bool) -> None:
+        """The engines of `pair` or `trio`, on static shares or on one ledger, at one load after the other."""
+        part = f"{group}-{'elastic' if elastic else 'static'}"
+        names, loads = ENGINES[group], LOADS[group]
+        share = SHARED_KV if elastic else SHARED_KV // len(names)
         for gate in (self.work / part).glob("task*.go"):
             gate.unlink()
         processes = {}
-        for i, name in enumerate(("a", "b")):
+        for i, name in enumerate(names):
             tasks = [
-                {"do": "trace", "wait": True, "arrivals": arrivals(load, i, seed), "until": UNTIL, "seed": seed}
-                for seed, load in enumerate(LOADS)
-            ]
+                {"do": "trace", "wait": True, "arrivals": arrivals(load, i, len(names), seed), "until": SPAN + REST,
+                 "seed": seed}
+                for seed, load in enumerate(loads)
+            ]  # fmt: skip
             options = {"gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": share}
-            processes[name] = self.start(part, name, tasks, elastic, options, limit=PAIR_KV, other=0)
-        for task in range(len(LOADS)):
+            processes[name] = self.start(part, name, tasks, elastic, options, limit=SHARED_KV, other=0)
+        for task in range(len(loads)):
             self.ready(part, *processes, task=task, processes=list(processes.values()))
         self.finish(part, **processes)
 
@@ -154,8 +165,8 @@ class Bench:
             gate.unlink()
         every = [(0.02 * n, 1024, 512) for n in range(200)]
         later = [(4.0 + 0.02 * n, 1024, 256) for n in range(200)]
-        options = {"gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": PAIR_KV}
-        settings = {"limit": PAIR_KV, "other": 0, "prefix_cache": 0}
+        options = {"gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": SHARED_KV}
+        settings = {"limit": SHARED_KV, "other": 0, "prefix_cache": 0}
         processes = {
             name: self.start(part, name, [{"do": "trace", "wait": True, "arrivals": due, "until": 60.0, "seed": 3}],
                              True, options, **settings)
@@ -187,15 +198,16 @@ class Bench:
         (self.work / "kill.json").write_text(json.dumps(result))
 
 
-def arrivals(load: float, which: int, seed: int) -> list[tuple[float, int, int]]:
-    """Poisson arrivals, most of them in this engine's phase, a tenth of the load in the other's."""
+def arrivals(load: float, which: int, engines: int, seed: int) -> list[tuple[float, int, int]]:
+    """Requests (second, prompt, answer) of one of so many engines: Poisson, at `load` a second in its own part of SPAN
+    and at a tenth of that in the others'."""
     chance = random.Random(100 * seed + which)
-    found, at = [], 0.0
-    while at < 2 * PHASE:
-        rate = load if int(at / PHASE) == which else load / 10
-        at += chance.expovariate(rate)
-        found.append((at, 1024, 384))
-    return found[:-1]
+    found, at = [], chance.expovariate(load)
+    while at < SPAN:
+        if int(at / SPAN * engines) == which or chance.random() < 0.1:
+            found.append((at, PROMPT, ANSWER))
+        at += chance.expovariate(load)
+    return found
 
 
 def collected(work: Path) -> dict[str, Any]:
@@ -205,16 +217,14 @@ def collected(work: Path) -> dict[str, Any]:
         path = work / f"{part}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    import torch
-    import vllm
-
-    result: dict[str, Any] = {"benchmark": "vllm", "torch": torch.__version__, "vllm": vllm.__version__, "slo": SLO}
+    result: dict[str, Any] = {"benchmark": "vllm", "slo": SLO}
     plain, elastic = read("single-plain"), read("single-elastic")
     if plain and elastic:
         result["single"] = vllm_report.single(plain["one"], elastic["one"])
-    static, shared = read("pair-static"), read("pair-elastic")
-    if static and shared:
-        result["pair"] = vllm_report.pair(static, shared, list(LOADS), UNTIL, SLO)
+    for group, loads in LOADS.items():
+        static, shared = read(f"{group}-static"), read(f"{group}-elastic")
+        if static and shared:
+            result[group] = vllm_report.sharing(static, shared, list(loads), SPAN + REST, SLO)
     if killed := read("kill"):
         result["kill"] = killed
     if steps := {name: part["one"]["steps"][0] for name in ("plain", "elastic") if (part := read(f"steps-{name}"))}:
@@ -224,31 +234,35 @@ def collected(work: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default="single,pair,kill", help="what to run; '' only reports")
+    parser.add_argument("--sections", default="single,pair,trio,kill", help="what to run; '' only reports")
     parser.add_argument("--work", type=Path, help="folder of parts; kept")
     parser.add_argument("--json", help="write the results here, too")
-    parser.add_argument("--picture", help="write the curve of 'pair' here (.png)")
+    parser.add_argument("--picture", help="write the curves of 'pair' and 'trio' here (.png)")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(asked.work or Path(temporary))
         parts = {
             "single-plain": lambda: bench.single(False), "single-elastic": lambda: bench.single(True),
             "steps-plain": lambda: bench.steps(False), "steps-elastic": lambda: bench.steps(True),
-            "pair-static": lambda: bench.pair(False), "pair-elastic": lambda: bench.pair(True), "kill": bench.kill,
+            "pair-static": lambda: bench.sharing("pair", False), "pair-elastic": lambda: bench.sharing("pair", True),
+            "trio-static": lambda: bench.sharing("trio", False), "trio-elastic": lambda: bench.sharing("trio", True),
+            "kill": bench.kill,
         }  # fmt: skip
-        for section in filter(None, asked.sections.split(",")):
-            chosen = [name for name in parts if name == section or name.startswith(f"{section}-")]
-            if not chosen:
+        asked_for = [section for section in asked.sections.split(",") if section]
+        chosen = {each: [name for name in parts if name == each or name.startswith(f"{each}-")] for each in asked_for}
+        for section, names in chosen.items():
+            if not names:
                 parser.error(f"there is no section '{section}', but {', '.join(parts)}")
-            for name in chosen:
-                begin = time.perf_counter()
-                parts[name]()
-                print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
+        for name in itertools.chain.from_iterable(chosen.values()):
+            begin = time.perf_counter()
+            parts[name]()
+            print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
         result = collected(bench.work)
+        result.update(torch=version("torch"), vllm=version("vllm"))
     vllm_report.print_tables(result)
     if asked.json:
         Path(asked.json).write_text(json.dumps(result, indent=1))
-    if asked.picture and result.get("pair"):
+    if asked.picture and any(result.get(group) for group in LOADS):
         vllm_report.picture(result, asked.picture)
 
 

@@ -6,6 +6,7 @@ names.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -60,6 +61,63 @@ class Clock:
         return {name: [n / steps, self.seconds[name] * 1e6 / steps] for name, n in self.calls.items()}
 
 
+class Tail:
+    """What goes on in the longest steps: prompts that are computed, Python's collections, and our driver calls."""
+
+    def __init__(self, engine: Any) -> None:
+        self.core = engine.engine_core.engine_core
+        self.memory = getattr(self.core.scheduler.kv_cache_manager.block_pool, "memory", None)
+        self.steps: list[dict[str, float]] = []
+        self.now: dict[str, float] = {}
+        self.schedule, self.collecting = self.core.scheduler.schedule, 0.0
+
+    def __enter__(self) -> Tail:
+        self.core.scheduler.schedule = self._schedule
+        gc.callbacks.append(self._collects)
+        self.driver = self._driver()
+        self.begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.core.scheduler.schedule = self.schedule
+        gc.callbacks.remove(self._collects)
+
+    def _schedule(self, *args: Any, **options: Any) -> Any:
+        begin = time.perf_counter()
+        planned = self.schedule(*args, **options)
+        self.now["schedule_ms"] += (time.perf_counter() - begin) * 1e3
+        self.now["tokens"] += planned.total_num_scheduled_tokens
+        return planned
+
+    def _collects(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            self.collecting = time.perf_counter()
+        else:
+            self.now["collect_ms"] += (time.perf_counter() - self.collecting) * 1e3
+
+    def _driver(self) -> tuple[int, float]:
+        """Calls of the engine's pool, its worker's too, and ms in them."""
+        made = self.memory.model.stats().driver_calls.values() if self.memory is not None else []
+        return sum(each.count for each in made), sum(each.nanoseconds for each in made) / 1e6
+
+    def begin(self) -> None:
+        self.now = {"begin": time.perf_counter(), "schedule_ms": 0.0, "tokens": 0, "collect_ms": 0.0}
+
+    def end(self) -> None:
+        """A step is over, and the next begins."""
+        self.now["ms"] = (time.perf_counter() - self.now["begin"]) * 1e3
+        before, self.driver = self.driver, self._driver()
+        self.now["driver_calls"], self.now["driver_ms"] = (now - then for now, then in zip(self.driver, before))
+        self.steps.append(self.now)
+        self.begin()
+
+    def longest(self, start: float, end: float, count: int = 8) -> list[dict[str, float]]:
+        """Those that began from `start` on and before `end`, with the number of each since then."""
+        within = [{**step, "step": i} for i, step in enumerate(s for s in self.steps if start <= s["begin"] < end)]
+        found = sorted(within, key=lambda step: -step["ms"])[:count]
+        return [{key: round(value, 3) for key, value in step.items() if key != "begin"} for step in found]
+
+
 class Worker:
     """The engine, and its loop, step by step."""
 
@@ -98,17 +156,27 @@ class Worker:
             seen[storage.data_ptr()] = storage.nbytes()
         return sum(seen.values())
 
+    def driver_calls(self) -> dict[str, tuple[int, float]]:
+        """Of the engine's pool, since its start, by name: their number and ms in them."""
+        if self.ledger is None:
+            return {}
+        memory = self.engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.memory
+        made = memory.model.stats().driver_calls.items()
+        return {name: (each.count, each.nanoseconds / 1e6) for name, each in made}
+
     def add(self, tokens: list[int], n: int) -> str:
         self.number += 1
         self.engine.add_request(str(self.number), {"prompt_token_ids": tokens}, self.sampling(n))
         return str(self.number)
 
-    def run(self) -> tuple[dict[str, list[int]], dict[str, list[float]]]:
+    def run(self, tail: Tail | None = None) -> tuple[dict[str, list[int]], dict[str, list[float]]]:
         """Steps until all is done: the tokens and the times of tokens, by request."""
         tokens: dict[str, list[int]] = {}
         times: dict[str, list[float]] = {}
         while self.engine.has_unfinished_requests():
             self.look(self.engine.step(), tokens, times)
+            if tail is not None:
+                tail.end()
         return tokens, times
 
     def look(self, outputs: Any, tokens: dict[str, list[int]], times: dict[str, list[float]]) -> None:
@@ -133,21 +201,40 @@ class Worker:
         return {"tokens": [tokens[key] for key in sorted(tokens, key=int)]}
 
     def steady(self, requests: int, prompt: int, n: int, rounds: int) -> dict[str, Any]:
-        """Tokens a second, and times between tokens once all requests run; fresh prompts each round."""
+        """Tokens a second, and times between tokens once all requests run; fresh prompts each round. After that what
+        goes on in the longest steps of two rounds more, before all run and then."""
         chance = random.Random(7)
         rates, gaps = [], []
-        for _ in range(rounds):
+
+        def one_round(tail: Tail | None = None) -> list[float]:
+            """When steps ended with tokens for all."""
             for _ in range(requests):
                 self.add([chance.randrange(10, 30000) for _ in range(prompt)], n)
             begin = time.perf_counter()
-            _, times = self.run()
+            if tail is not None:
+                tail.begin()
+            _, times = self.run(tail)
             rates.append(requests * n / (time.perf_counter() - begin))
             start = max(each[0] for each in times.values())
             end = min(each[-1] for each in times.values())
-            steps = sorted({each for one in times.values() for each in one if start <= each <= end})
+            return sorted({each for one in times.values() for each in one if start <= each <= end})
+
+        for _ in range(rounds):
+            steps = one_round()
             gaps += [b - a for a, b in itertools.pairwise(steps)]
-        return {"tokens_per_second": rates, "gap_p50_ms": percentile(gaps, 0.5) * 1e3,
-                "gap_p99_ms": percentile(gaps, 0.99) * 1e3}  # fmt: skip
+        found: dict[str, Any] = {
+            "tokens_per_second": rates[:],
+            "gap_p50_ms": percentile(gaps, 0.5) * 1e3,
+            "gap_p99_ms": percentile(gaps, 0.99) * 1e3,
+            "longest_steps": [],
+        }
+        for _ in range(2):  # to look costs time, so apart
+            with Tail(self.engine) as tail:
+                steps = one_round(tail)
+            found["longest_steps"].append(
+                {"filling": tail.longest(0.0, steps[0]), "all run": tail.longest(steps[0], steps[-1])}
+            )
+        return found
 
     def steps(self, requests: int, prompt: int, n: int, count: int, profile: int) -> dict[str, Any]:
         """Where a decode step's time goes: `count` steps on the CPU by method, then `profile` of them on the GPU."""
@@ -226,6 +313,7 @@ class Worker:
         tokens: dict[str, list[int]] = {}
         times: dict[str, list[float]] = {}
         held = []
+        before = self.driver_calls()
         offset = time.perf_counter() - time.time()
         start = begin + offset
         while time.perf_counter() < start + until:
@@ -246,7 +334,11 @@ class Worker:
             while self.engine.has_unfinished_requests():
                 self.engine.step()
         first = [times[key][0] - start - at if key in times else None for key, at in came.items()]
-        return {"first": first, "arrived": list(came.values()), "held": held, "steps": len(held)}
+        calls = {
+            name: [count - before[name][0], (ms - before[name][1]) * 1e3 / max(1, count - before[name][0])]
+            for name, (count, ms) in self.driver_calls().items()
+        }
+        return {"first": first, "arrived": list(came.values()), "held": held, "driver_calls": calls}
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 // Ledgers of several processes, from outside.
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "bindings/bindings.h"
 #include "shared/ledger_view.h"
 
@@ -21,6 +23,22 @@ void set_limit(const LedgerView& ledger, const py::object& limit) {
     const Bytes bytes = to_bytes(limit, "physical_limit");
     const py::gil_scoped_release release;
     ledger.set_limit(bytes);
+}
+
+void order(const LedgerView& ledger, const std::string& model, Pid pid, double timeout, LedgerOrderKind kind) {
+    if (!(timeout >= 0))
+        throw InvalidArgument("timeout must be a number of seconds from 0 on, not " + std::to_string(timeout));
+    const auto nanoseconds = static_cast<std::uint64_t>(std::min(timeout, 1e9) * 1e9);
+    try {
+        const py::gil_scoped_release release;
+        ledger.order(model, pid, kind, nanoseconds, [] {
+            const py::gil_scoped_acquire acquire;
+            return PyErr_CheckSignals() != 0;
+        });
+    } catch (const WaitCancelled&) {
+        if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+        throw;
+    }
 }
 
 std::string describe(const LedgerClientStats& client) {
@@ -102,6 +120,23 @@ Raises LedgerError where there is none of that name or it can't be used, Invalid
             "trim", &LedgerView::trim, arg("model") = none, py::kw_only(), arg("pid") = none, NoGil(),
             "Asks the process of a model, or all processes, for all that they hold parked, and waits a second at most. "
             "Returns by how many bytes their charges fell. Raises ModelNotFound.")
+        .def(
+            "sleep",
+            [](const LedgerView& self, const std::string& model, Pid pid, double timeout) {
+                order(self, model, pid, timeout, order_sleep);
+            },
+            arg("model"), py::kw_only(), arg("pid") = none, arg("timeout") = 60.0,
+            R"(Has a model's process put it to sleep, in the way that its program has for that, and returns when it sleeps.
+
+timeout: seconds; what takes longer goes on. Raises ModelNotFound, InvalidArgument where its program takes no orders
+(Model.on_order), LedgerError where it refuses, with its reason, has ended, or is not done in time.)")
+        .def(
+            "wake",
+            [](const LedgerView& self, const std::string& model, Pid pid, double timeout) {
+                order(self, model, pid, timeout, order_wake);
+            },
+            arg("model"), py::kw_only(), arg("pid") = none, arg("timeout") = 60.0,
+            "The same for waking it. Raises as sleep().")
         .def("__repr__", [](const LedgerView& self) { return "<elastikv.Ledger '" + self.name() + "'>"; });
 
     module.def("ledgers", &LedgerView::names, NoGil(),

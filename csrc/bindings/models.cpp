@@ -104,6 +104,28 @@ std::shared_ptr<PythonHolder> on_reclaim(const Model& model, const py::object& c
     return holder;
 }
 
+void on_order(const Model& model, const py::object& callback) {
+    OrderCallback call;
+    if (!callback.is_none()) {
+        if (PyCallable_Check(callback.ptr()) == 0) {
+            throw py::type_error(std::string("callback must be callable or None, not ") +
+                                 Py_TYPE(callback.ptr())->tp_name);
+        }
+        call = [held = kept(callback)](const std::shared_ptr<Order>& order) {
+            if (interpreter_ends) return;
+            const py::gil_scoped_acquire acquire;
+            try {
+                (*held)(order);
+            } catch (py::error_already_set& error) {
+                order->refuse(py::str(error.value()).cast<std::string>());
+                error.discard_as_unraisable("an order callback of elastikv");
+            }
+        };
+    }
+    const py::gil_scoped_release release;
+    model.account()->set_order_callback(std::move(call));
+}
+
 std::unique_ptr<RangeExport> export_range(const ModelPtr& model, const py::object& offset, const py::object& size,
                                           bool read_only) {
     const Bytes begin = to_offset(offset, size, model->pool().capacity());
@@ -160,6 +182,20 @@ void bind_models(py::module_& module) {
         module, "ReclaimHandle", "What Model.on_reclaim returns: the callback is called while it lives.")
         .def("remove", &PythonHolder::remove, NoGil(), "The callback is not called any more; one under way ends.");
 
+    py::class_<Order, std::shared_ptr<Order>>(
+        module, "Order",
+        R"(What a person has ordered a model to do, by Ledger.sleep or Ledger.wake.
+
+Whoever gave it waits until done() or refuse() is called, once; what is let go without that counts as refused. Thread safe.)")
+        .def_property_readonly(
+            "kind", [](const Order& self) { return self.kind() == order_sleep ? "sleep" : "wake"; },
+            "'sleep' or 'wake'.")
+        .def("done", &Order::done, NoGil())
+        .def("refuse", &Order::refuse, arg("why"), NoGil(), "why: what the person is told, 255 bytes of it.")
+        .def("__repr__", [](const Order& self) {
+            return std::string("<elastikv.Order to ") + (self.kind() == order_sleep ? "sleep>" : "wake>");
+        });
+
     py::class_<RangeExport>(module, "RangeExport",
                             "What Model.export returns: the range can be imported while it lives.")
         .def_property_readonly("handle", &RangeExport::handle)
@@ -203,6 +239,13 @@ are asked first, after parked memory. It runs on any thread, with
 no lock of the pool or of a tensor held, also amid the caller's own growth of tensors, whose locks in Python it must not take then.
 Where it wants memory itself, no callback is asked for that. What it raises goes to sys.unraisablehook. Returns a
 ReclaimHandle, to be kept.)")
+        .def(
+            "on_order", &on_order, arg("callback"),
+            R"(Calls callback(order) when a person orders this model to sleep or to wake: `elastikv sleep`, Ledger.sleep.
+
+order: an Order. The callback runs on the thread that serves other processes, with no lock of the pool held; it passes the
+order on to who can obey it, and returns soon. What it raises is the order's refusal. One callback a model: it replaces the one
+before, None takes it away. elastikv.obey() is for functions that take their time.)")
         .def(
             "export", &export_range, arg("offset"), arg("size"), py::kw_only(), arg("read_only") = false,
             R"(Lets other processes of this user map [offset, offset + size), counted from base_address; all of it must be allocated.

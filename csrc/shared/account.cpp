@@ -152,6 +152,40 @@ void Account::tell() noexcept {
     }
 }
 
+void Account::set_order_callback(OrderCallback callback) {
+    std::shared_ptr<const OrderCallback> kept;
+    if (callback) kept = std::make_shared<const OrderCallback>(std::move(callback));
+    const bool taken = kept != nullptr;
+    {
+        const std::lock_guard lock(mutex_);
+        order_callback_.swap(kept);  // the one before is destroyed without the lock
+    }
+    ledger_->take_orders(id_, taken);
+    if (!taken) take_order();  // what came before that and was not passed on
+}
+
+void Account::take_order() noexcept {
+    std::shared_ptr<Order> order;
+    std::shared_ptr<const OrderCallback> callback;
+    {
+        const std::lock_guard lock(mutex_);
+        const auto next = ledger_->next_order(id_, last_order_);
+        if (!next) return;
+        last_order_ = next->number;
+        callback = order_callback_;
+        order = std::make_shared<Order>(ledger_, id_, *next);
+    }
+    if (!callback) {
+        order->refuse("it takes no orders any more");
+        return;
+    }
+    try {
+        (*callback)(order);
+    } catch (const std::exception& error) {
+        order->refuse(error.what());
+    }
+}
+
 void Account::press(const PressureRequest& request) noexcept {
     if (in_callback) return;
     std::vector<std::shared_ptr<const PressureCallback>> asked;

@@ -12,6 +12,7 @@
 #include "pool/budget.h"
 #include "pool/virtual_memory_pool.h"
 #include "shared/ledger.h"
+#include "shared/order.h"
 
 namespace elastikv {
 
@@ -66,6 +67,10 @@ class Account final : public Budget {
     std::uint64_t add_pressure_callback(PressureCallback callback);
     void remove_pressure_callback(std::uint64_t number) noexcept;
 
+    // Who is told of orders from outside, in place of who was before; null for nobody, and then they are refused at
+    // once. One may be told once more after it was replaced. What it throws is the order's refusal.
+    void set_order_callback(OrderCallback callback);
+
     // --- what the ladder does with it ---
     std::shared_ptr<VirtualMemoryPool> pool() const;
     std::vector<std::shared_ptr<IdleHolder>> idle_holders() const;
@@ -76,6 +81,8 @@ class Account final : public Budget {
     void press(const PressureRequest& request) noexcept;
     // Its pool's statistics to the ledger.
     void tell() noexcept;
+    // Passes on an order that was given and not passed on yet.
+    void take_order() noexcept;
     Ledger::ClientId id() const noexcept { return id_; }
 
   private:
@@ -89,6 +96,8 @@ class Account final : public Budget {
     std::vector<std::weak_ptr<IdleHolder>> idle_holders_;
     std::map<std::uint64_t, std::shared_ptr<const PressureCallback>> callbacks_;
     std::uint64_t last_callback_ = 0;
+    std::shared_ptr<const OrderCallback> order_callback_;
+    std::uint32_t last_order_ = 0;
 };
 
 using AccountPtr = std::shared_ptr<Account>;

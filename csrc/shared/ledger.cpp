@@ -162,6 +162,8 @@ Ledger::ClientId Ledger::open_client(const std::string& name, const Quota& quota
               &mine.stranded, &mine.spilled, &mine.paused, &mine.backup, &mine.driver_calls, &mine.told}) {
             put(*each, 0);
         }
+        put(mine.takes_orders, 0);
+        settle_under_lock(mine, get(mine.ordered), order_refused, "it has ended");  // who had the entry before
         mine.name.fill(0);
         const std::string_view kept = std::string_view(name).substr(0, ledger_name_size - 1);
         std::memcpy(mine.name.data(), kept.data(), kept.size());

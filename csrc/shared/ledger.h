@@ -15,6 +15,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/error.h"
@@ -46,6 +47,16 @@ struct LedgerRequest {
     std::int32_t priority = std::numeric_limits<std::int32_t>::min();  // of the one who asks
     std::uint64_t until = 0;                                           // steady clock, nanoseconds
     std::uint32_t number = 0;
+};
+
+struct LedgerOrder {
+    LedgerOrderKind kind = order_sleep;
+    std::uint32_t number = 0;
+};
+
+struct LedgerOutcome {
+    LedgerOrderResult result = order_refused;
+    std::string why;  // it was refused
 };
 
 // Thread safe, and safe against the death of processes that share it. Its lock is held for nanoseconds, and while
@@ -142,6 +153,20 @@ class Ledger {
     // For readers in other processes.
     void tell(ClientId id, const MemoryStats& stats) noexcept;
 
+    // --- orders from outside (ledger_orders.cpp) ---
+
+    // Whether give_order() is of use: somebody in the client's process listens.
+    void take_orders(ClientId id, bool taken) noexcept;
+    // Replaces an order that is not settled. Returns its number, 0 where the client takes none. Its process is to be
+    // asked to look.
+    std::uint32_t give_order(ClientId id, LedgerOrderKind kind);
+    // For the client's process: the last order, but for one that is settled or has the number `after`.
+    std::optional<LedgerOrder> next_order(ClientId id, std::uint32_t after) noexcept;
+    // Settles those before, too. Nothing where it is settled already.
+    void settle_order(ClientId id, std::uint32_t number, LedgerOrderResult result, const std::string& why) noexcept;
+    // Sleeps until it may be settled, `at_most` nanoseconds; nothing where it is not. Who ended has refused.
+    std::optional<LedgerOutcome> await_order(ClientId id, std::uint32_t number, std::uint64_t at_most) noexcept;
+
     // What is wrong with the sums, empty if nothing; for tests.
     std::string check() const;
 
@@ -159,6 +184,8 @@ class Ledger {
     void serve_under_lock() noexcept;
     void free_entries_of(std::uint32_t member) const noexcept;
     void reap_under_lock() const noexcept;
+    void settle_under_lock(LedgerClient& mine, std::uint32_t number, LedgerOrderResult result,
+                           std::string_view why) const noexcept;
     struct Sums;
     Sums count() const noexcept;
     // The sums from the entries, and every waiter awake to look for itself.

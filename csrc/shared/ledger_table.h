@@ -16,7 +16,8 @@
 
 namespace elastikv {
 
-inline constexpr std::size_t ledger_name_size = 64;  // bytes of a name, its final 0 included
+inline constexpr std::size_t ledger_name_size = 64;     // bytes of a name, its final 0 included
+inline constexpr std::size_t ledger_reason_size = 256;  // of why an order was refused, likewise
 inline constexpr std::uint32_t max_ledger_clients = 512;
 inline constexpr std::uint32_t max_ledger_members = 64;
 inline constexpr std::uint32_t max_ledger_waits = 512;
@@ -25,8 +26,10 @@ static_assert(std::atomic<Bytes>::is_always_lock_free && std::atomic<std::uint32
 
 enum LedgerEntryState : std::uint32_t { entry_free = 0, entry_in_use = 1 };
 // What a process may be asked to do, as bits: give idle memory back that is beyond reserves; that and what else it can
-// give up for a higher priority; tell how its clients fare; give all that is parked back.
-enum LedgerRequestBits : std::uint32_t { ask_idle = 1, ask_all = 2, ask_stats = 4, ask_trim = 8 };
+// give up for a higher priority; tell how its clients fare; give all that is parked back; look at its clients' orders.
+enum LedgerRequestBits : std::uint32_t { ask_idle = 1, ask_all = 2, ask_stats = 4, ask_trim = 8, ask_orders = 16 };
+enum LedgerOrderKind : std::uint32_t { order_sleep = 1, order_wake = 2 };
+enum LedgerOrderResult : std::uint32_t { order_obeyed = 1, order_refused = 2 };
 enum LedgerWaitState : std::uint32_t { wait_free = 0, wait_pending = 1, wait_granted = 2 };
 
 // A process that takes part, or one of several pools in it that do.
@@ -67,6 +70,15 @@ struct alignas(64) LedgerClient {
     std::atomic<std::uint64_t> driver_calls{0};
     std::atomic<std::uint64_t> told{0};
     std::array<char, ledger_name_size> name{};
+    // What it is ordered to do from outside: only the last order counts. `ordered` numbers them, over all clients that
+    // this entry ever had; `settled` is the last number that its process has done with, and what those who gave the
+    // order sleep on.
+    std::atomic<std::uint32_t> takes_orders{0};
+    std::atomic<std::uint32_t> order{0};  // LedgerOrderKind
+    std::atomic<std::uint32_t> ordered{0};
+    std::atomic<std::uint32_t> settled{0};
+    std::atomic<std::uint32_t> result{0};  // LedgerOrderResult
+    std::array<char, ledger_reason_size> reason{};
 };
 
 struct LedgerWait {

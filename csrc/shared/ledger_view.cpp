@@ -11,6 +11,7 @@ namespace {
 
 constexpr std::uint64_t refresh_time = 100'000'000;  // nanoseconds
 constexpr std::uint64_t trim_time = 1'000'000'000;
+constexpr std::uint64_t look_again = 100'000'000;
 
 }  // namespace
 
@@ -127,6 +128,34 @@ void LedgerView::set_quota(const std::string& model, std::optional<std::uint32_t
 }
 
 void LedgerView::set_limit(Bytes limit) const { ledger_->set_limit(limit); }
+
+void LedgerView::order(const std::string& model, std::optional<std::uint32_t> pid, LedgerOrderKind kind,
+                       std::uint64_t at_most, const std::function<bool()>& interrupted) const {
+    const Found found = find(model, pid);
+    const std::string who = "'" + model + "' of process " + std::to_string(found.pid);
+    const std::string what = kind == order_sleep ? "sleep" : "wake";
+    const std::uint32_t number = ledger_->give_order(found.id, kind);
+    if (number == 0) {
+        throw InvalidArgument(who +
+                              " takes no orders to sleep or wake: its program has nothing that would obey them "
+                              "(Model.on_order)");
+    }
+    LedgerRequest request;
+    request.what = ask_orders;
+    (void)ledger_->ask(found.member, request);
+    const std::uint64_t begin = steady_now();
+    for (;;) {
+        const std::uint64_t passed = beyond(steady_now(), begin);
+        const auto outcome = ledger_->await_order(found.id, number, std::min(look_again, beyond(at_most, passed)));
+        if (outcome && outcome->result == order_obeyed) return;
+        if (outcome) throw LedgerError(who + " does not " + what + ": " + outcome->why);
+        if (interrupted && interrupted())
+            throw WaitCancelled("the wait for " + who + " to " + what + " was called off");
+        if (passed < at_most) continue;
+        throw LedgerError(who + " was told to " + what + " and has not within " +
+                          std::to_string(static_cast<double>(at_most) / 1e9).substr(0, 5) + " s; it may yet");
+    }
+}
 
 Bytes LedgerView::trim(const std::optional<std::string>& model, std::optional<std::uint32_t> pid) const {
     std::vector<std::uint32_t> members;

@@ -1,6 +1,7 @@
 // A ledger as seen from outside: what `elastikv top` shows and `elastikv limit` changes.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -62,6 +63,12 @@ class LedgerView {
     // Asks the process of that model, or all of them, for all that is parked; waits a second at most. Returns by how
     // much their charges fell.
     Bytes trim(const std::optional<std::string>& model, std::optional<std::uint32_t> pid) const;
+
+    // Orders that model to sleep, or to wake, and waits until it has, `at_most` nanoseconds, or until `interrupted`,
+    // which is asked ten times a second. Throws ModelNotFound, InvalidArgument (its program takes no orders),
+    // WaitCancelled, and LedgerError: it was refused, its process has ended, or it takes longer, and goes on.
+    void order(const std::string& model, std::optional<std::uint32_t> pid, LedgerOrderKind kind, std::uint64_t at_most,
+               const std::function<bool()>& interrupted) const;
 
   private:
     struct Found {

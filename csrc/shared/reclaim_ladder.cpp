@@ -207,6 +207,9 @@ void PhysicalBudget::serve(const LedgerRequest& request) noexcept {
                 if (ladder.lacking() > 0) ladder.press(all, request.priority, until);
             }
         }
+        if ((request.what & ask_orders) != 0) {
+            for (const AccountPtr& each : all) each->take_order();
+        }
         if ((request.what & ask_stats) != 0) {
             for (const AccountPtr& each : all) each->tell();
         }

@@ -31,6 +31,7 @@ from elastikv._core import (  # noqa: E402
     LedgerStats,
     MemoryStats,
     Model,
+    Order,
     PressureHandle,
     Quota,
     RangeExport,
@@ -56,6 +57,7 @@ from elastikv._core import (  # noqa: E402
 )
 from elastikv.device_pools import DevicePools  # noqa: E402
 from elastikv.errors import *  # noqa: E402, F403
+from elastikv.orders import obey  # noqa: E402
 
 __all__ = [
     "BlockPool",
@@ -69,6 +71,7 @@ __all__ = [
     "LedgerStats",
     "MemoryStats",
     "Model",
+    "Order",
     "PressureHandle",
     "ReclaimHandle",
     "Quota",
@@ -87,6 +90,7 @@ __all__ = [
     "ledgers",
     "library_path",
     "model_of",
+    "obey",
     "prefetch",
     "record_stream",
     "resident_bytes",

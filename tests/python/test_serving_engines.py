@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import uuid
 
 import pytest
 
@@ -63,6 +64,27 @@ def test_engines_in_threads_stream_their_tokens(device, page_size):
         for (which, index), answer in answers.items():
             assert same(answer, expected(networks[which], prompt(index, 20 + index), 30), device)
         closed(pool, *engines)
+
+
+def test_an_engine_obeys_orders_to_sleep_and_wake(device, page_size):
+    network = make_network("gqa", device)
+    name = f"pytest-{uuid.uuid4().hex[:12]}"
+    with elastikv.SharedMemoryPool(1024 * page_size, device, park_limit=0, name=name) as pool:
+        engine, ledger = make_engine(pool, network, "chat"), elastikv.Ledger(name)
+        first = engine.submit(prompt(0, 30), max_new_tokens=40)
+        for _ in range(10):
+            engine.advance()
+        ledger.sleep("chat")
+        assert engine.handle.paused and engine.handle.quota().charged == 0
+        second = engine.submit(prompt(1, 30), max_new_tokens=10)
+        assert not engine.advance() and not second.answer
+        ledger.wake("chat")
+        run_until_idle(engine)
+        for request, n in ((first, 40), (second, 10)):
+            assert same(request.answer, expected(network, list(request.asked.prompt), n), device)
+        closed(pool, engine)
+        with pytest.raises(elastikv.InvalidArgument, match="takes no orders"):
+            ledger.sleep("chat")
 
 
 def test_an_engine_that_is_dropped_gives_its_memory_back(llama, device, shared):

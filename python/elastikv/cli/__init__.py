@@ -8,7 +8,7 @@ from elastikv.cli.demo import demo
 from elastikv.cli.doctor import doctor
 from elastikv.cli.look import list_pools, watch
 from elastikv.cli.serve import serve
-from elastikv.cli.steer import limit, reserve, trim
+from elastikv.cli.steer import limit, reserve, sleep, trim, wake
 from elastikv.cli.top import top
 from elastikv.cli.vllm import vllm
 
@@ -25,6 +25,8 @@ app.command("list")(list_pools)
 app.command()(limit)
 app.command()(reserve)
 app.command()(trim)
+app.command()(sleep)
+app.command()(wake)
 app.command()(watch)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(vllm)
 

@@ -1,13 +1,16 @@
-"""`elastikv limit`, `reserve` and `trim`: what a person changes while models run."""
+"""`elastikv limit`, `reserve`, `trim`, `sleep` and `wake`: what a person changes while models run."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from elastikv.cli.ledgers import Model, Pid, Pool, chosen, clear_errors, complete_model, with_model
 from elastikv.cli.sizes import parse_size, short_size
+
+if TYPE_CHECKING:
+    from elastikv import Ledger, LedgerClient
 
 
 def limit(
@@ -59,6 +62,30 @@ def trim(
         else:
             freed = sum(ledger.trim() for ledger in chosen(pool))
     typer.echo(f"{short_size(freed)} given back")
+
+
+Timeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for it; what takes longer goes on.")]
+
+
+def sleep(model: Model, pool: Pool = None, pid: Pid = None, timeout: Timeout = 60.0) -> None:
+    """Puts a model to sleep: its memory goes, and comes back with `elastikv wake`. Requests wait meanwhile."""
+    with clear_errors("sleep"):
+        ledger, client = with_model(model, pool, pid)
+        ledger.sleep(model, pid=client.pid, timeout=timeout)
+        _tell_held(ledger, model, client, "sleeps")
+
+
+def wake(model: Model, pool: Pool = None, pid: Pid = None, timeout: Timeout = 60.0) -> None:
+    """Wakes a model that sleeps; its requests go on."""
+    with clear_errors("wake"):
+        ledger, client = with_model(model, pool, pid)
+        ledger.wake(model, pid=client.pid, timeout=timeout)
+        _tell_held(ledger, model, client, "is awake")
+
+
+def _tell_held(ledger: Ledger, model: str, client: LedgerClient, what: str) -> None:
+    now = next((one.charged for one in ledger.clients() if (one.model, one.pid) == (model, client.pid)), 0)
+    _tell(ledger.name, model, client.pid, f"{what}, {short_size(client.charged)} held -> {short_size(now)}")
 
 
 def _tell(pool: str, model: str, pid: int, what: str) -> None:

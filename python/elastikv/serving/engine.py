@@ -19,6 +19,7 @@ from elastikv.hf.forward import require_attention
 from elastikv.hf.geometry import kv_geometry
 from elastikv.hf.sampling import Sampling
 from elastikv.hf.slots import LARGEST_EXTENT, Slots
+from elastikv.orders import obey
 from elastikv.serving.lanes import Lanes
 from elastikv.serving.prefix import PrefixIndex
 from elastikv.serving.prompts import Prompts
@@ -112,6 +113,7 @@ class Engine:
             return 0 if engine is None else engine._give_prefixes(wanted)
 
         self._reclaim = handle.on_reclaim(give)
+        obey(handle, sleep=self.pause_model, wake=self.resume_model)  # `elastikv sleep`, and `elastikv wake`
 
     # ---- from outside
 
@@ -305,6 +307,7 @@ class Engine:
                 return
             self._closed = True
             self._reclaim.remove()
+            self.handle.on_order(None)
             while self._inbox:
                 self._scheduler.add(self._inbox.popleft())
             if self.handle.paused:

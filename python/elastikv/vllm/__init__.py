@@ -7,7 +7,7 @@ vLLM loads this through its entry point `vllm.general_plugins`, and nothing is p
 
 docs/vllm.md says how to set it up. `settings` has what can be set, `versions` what of vLLM is patched and `patches` by
 what, `layout` how KV tensors lie in blocks, `memory` the blocks of an engine, `block_pool` vLLM's block pool over them,
-and `engine` what holds these together.
+`sleeper` what `elastikv sleep` does, and `engine` what holds these together.
 """
 
 from __future__ import annotations

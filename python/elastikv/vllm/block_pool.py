@@ -283,6 +283,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         the device is on its way, and not given up twice.
         """
         assert self.memory is not None
+        if self.memory.asleep:
+            return 0
         with taken_from_outside(self.step_lock) as taken:
             wanted -= self.memory.retiring_bytes
             return self._evict(wanted) if taken and wanted > 0 else 0

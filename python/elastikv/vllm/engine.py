@@ -39,6 +39,7 @@ class Engine:
         self.pool: Any = None  # the ElasticBlockPool that is bound to it
         self.other_bytes = 0
         self.device_bytes: int | None = None
+        self.sleeper: Any = None  # see there; once there is a core
         self._allocating = False
         self._plain: Callable[[], dict[str, torch.Tensor]] | None = None
 
@@ -187,10 +188,14 @@ class Engine:
             pool.bind(self.memory, self.settings.prefix_cache)
             self.pool = pool
 
-    def started(self) -> None:
+    def started(self, core: Any = None) -> None:
         """Raises NotSupported where the scheduler did not take the memory that the worker has."""
         if self.memory is not None and self.pool is None:
             raise NotSupported("elastikv: this scheduler has no block pool of vLLM's (ELASTIKV_VLLM=0 turns it off)")
+        if self.memory is not None and core is not None:
+            from elastikv.vllm.sleeper import Sleeper
+
+            self.sleeper = Sleeper(core, self.memory)
 
     # --- sleep, wake, end ---
 

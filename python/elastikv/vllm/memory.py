@@ -99,6 +99,8 @@ class KVMemory:
         self._named: set[int] = set()
         self._stream: torch.cuda.Stream | None = None
         self._idle: elastikv.ReclaimHandle | None = None
+        self.asleep = False
+        self._owed: list[int] = []  # freed while asleep
         logger.info(
             "KV cache: %d blocks of %.2f MiB, at most %.2f GiB, in pool '%s' (limit %.2f GiB); extents of %.1f MiB, %s",
             num_blocks,
@@ -161,7 +163,13 @@ class KVMemory:
             self._named.clear()
 
     def free(self, ids: Sequence[int]) -> None:
-        """Their memory goes back once the work that is enqueued now has finished. Thread safe."""
+        """Their memory goes back once the work that is enqueued now has finished; of what sleeps, after it woke.
+
+        Thread safe, but against pause() and resume().
+        """
+        if self.asleep:
+            self._owed.extend(ids)
+            return
         self.blocks.free(ids, streams=None if self._stream is None else [self._stream])
 
     def zero(self, table_ids: Sequence[int]) -> None:
@@ -172,6 +180,21 @@ class KVMemory:
     def on_idle(self, give_up: Callable[[int], int]) -> None:
         """give_up(wanted) is called, on any thread, where somebody lacks memory; it returns the bytes it freed."""
         self._idle = self.model.on_reclaim(give_up)
+
+    def pause(self) -> None:
+        """Blocks that are held go to the host, and all memory to others. Raises what Model.pause raises."""
+        if not self.asleep:
+            self.model.pause()
+            self.asleep = True
+
+    def resume(self, timeout: float) -> None:
+        """Brings them back, with room that others make within `timeout` seconds. Raises what Model.resume raises."""
+        if self.asleep:
+            self.model.resume(timeout=timeout)
+            self.asleep = False
+            owed, self._owed = self._owed, []
+            if owed:
+                self.free(owed)
 
     def sleep(self) -> None:
         """Gives back what no block holds, and the promise of memory for what vLLM puts to sleep."""
@@ -198,5 +221,6 @@ class KVMemory:
     def close(self) -> None:
         """Gives everything back, after all of the device's work. The tensors may no longer be read."""
         self._idle = None
+        self.model.on_order(None)
         self.blocks.close()
         self._shared.close()

@@ -6,6 +6,7 @@ involved.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -35,7 +36,7 @@ def engine_init(original: Function) -> Function:
         engine = Engine.of(vllm_config, in_process)
         with engine.starting():
             original(self, vllm_config, executor_class, *args, **options)
-        engine.started()
+        engine.started(self)
         self._elastikv = engine
 
     return start
@@ -51,6 +52,33 @@ def engine_shutdown(original: Function) -> Function:
                 engine.close()
 
     return shutdown
+
+
+def step(original: Function) -> Function:
+    """Between two of them the engine may fall asleep."""
+
+    def step(self: Any, *args: Any, **options: Any) -> Any:
+        engine = getattr(self, "_elastikv", None)
+        sleeper = None if engine is None else engine.sleeper
+        if sleeper is None:
+            return original(self, *args, **options)
+        with sleeper.between_steps:
+            result = original(self, *args, **options)
+        if sleeper.asleep:
+            time.sleep(SHORT_OF_MEMORY)  # whoever drives the engine by itself would come back at once
+        return result
+
+    return step
+
+
+def resume_scheduler(original: Function) -> Function:
+    def resume(self: Any, *args: Any, **options: Any) -> Any:
+        engine = getattr(self, "_elastikv", None)
+        if engine is not None and engine.sleeper is not None:
+            engine.sleeper.wake_up(resume=False)
+        return original(self, *args, **options)
+
+    return resume
 
 
 # --- the worker ---
@@ -276,6 +304,20 @@ def elastic_pool(scheduler: Any) -> Any:
     return pool if getattr(pool, "memory", None) is not None else None
 
 
+@contextlib.contextmanager
+def nothing_if_asleep(scheduler: Any, memory: Any) -> Iterator[None]:
+    """vLLM's own pauses let running requests go on."""
+    if not memory.asleep:
+        yield
+        return
+    state = scheduler.pause_state
+    scheduler.set_pause_state(type(state).PAUSED_ALL)
+    try:
+        yield
+    finally:
+        scheduler.set_pause_state(state)
+
+
 def schedule(original: Function) -> Function:
     def schedule(self: Any, *args: Any, **options: Any) -> Any:
         pool = elastic_pool(self)
@@ -285,7 +327,8 @@ def schedule(original: Function) -> Function:
         with pool.step_lock:
             pool.memory.use_stream()
             try:
-                planned = original(self, *args, **options)
+                with nothing_if_asleep(self, pool.memory):
+                    planned = original(self, *args, **options)
             finally:
                 short = pool.end_step()
         if short and planned.total_num_scheduled_tokens == 0:

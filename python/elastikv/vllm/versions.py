@@ -67,6 +67,9 @@ _SCHEDULER, _COORDINATOR = "vllm.v1.core.sched.scheduler", "vllm.v1.core.kv_cach
 PATCHES = (
     Patch(_CORE, "EngineCore.__init__", ("self", "vllm_config", "executor_class", "log_stats"), patches.engine_init),
     Patch(_CORE, "EngineCore.shutdown", ("self",), patches.engine_shutdown),
+    Patch(_CORE, "EngineCore.step", ("self",), patches.step),
+    Patch(_CORE, "EngineCore.step_with_batch_queue", ("self",), patches.step),
+    Patch(_CORE, "EngineCore.resume_scheduler", ("self",), patches.resume_scheduler),
     Patch(_WORKER, "request_memory", ("init_snapshot", "cache_config"), patches.request_memory),
     Patch("vllm.utils.mem_utils", "MemorySnapshot.measure", ("self",), patches.measure),
     Patch(_WORKER, "Worker.determine_available_memory", ("self",), patches.determine_memory),

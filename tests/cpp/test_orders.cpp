@@ -1,0 +1,118 @@
+// Orders to models from outside: who is told, who waits, and what becomes of orders that nobody obeys.
+#include <unistd.h>
+
+#include <atomic>
+#include <future>
+#include <thread>
+
+#include "shared/ledger_view.h"
+#include "shared/shared_memory_pool.h"
+#include "support/pool_fixture.h"
+
+namespace elastikv::testing {
+namespace {
+
+constexpr std::uint64_t long_enough = 60'000'000'000;
+
+std::string fresh_name(const char* of) { return "test-orders-" + std::string(of) + "-" + std::to_string(getpid()); }
+
+struct Shared {
+    explicit Shared(const char* of) : name(fresh_name(of)), pool(16 * MiB, host_driver(), {}, name) {
+        model = pool.register_model("chat", 16 * MiB);
+    }
+    std::string name;
+    SharedMemoryPool pool;
+    ModelPtr model;
+};
+
+std::string refusal(const LedgerView& view, LedgerOrderKind kind = order_sleep) {
+    try {
+        view.order("chat", {}, kind, long_enough, {});
+    } catch (const LedgerError& error) {
+        return error.what();
+    }
+    return "";
+}
+
+}  // namespace
+
+TEST_CASE("an order is passed on, and returns once it is done", "[orders]") {
+    Shared shared("done");
+    const LedgerView view(shared.name);
+    std::vector<LedgerOrderKind> told;
+    shared.model->account()->set_order_callback([&](const std::shared_ptr<Order>& order) {
+        told.push_back(order->kind());
+        order->done();
+        order->refuse("too late");
+    });
+    view.order("chat", {}, order_sleep, long_enough, {});
+    view.order("chat", {}, order_wake, long_enough, {});
+    view.order("chat", static_cast<std::uint32_t>(getpid()), order_wake, long_enough, {});
+    REQUIRE(told == std::vector{order_sleep, order_wake, order_wake});
+}
+
+TEST_CASE("who is ordered may take its time, and the last order counts", "[orders]") {
+    Shared shared("later");
+    const LedgerView view(shared.name);
+    std::promise<std::shared_ptr<Order>> first;
+    std::atomic<int> told{0};
+    shared.model->account()->set_order_callback([&](const std::shared_ptr<Order>& order) {
+        if (told++ == 0) {
+            first.set_value(order);
+        } else {
+            order->done();
+        }
+    });
+    std::thread person([&] { view.order("chat", {}, order_sleep, long_enough, {}); });
+    const std::shared_ptr<Order> kept = first.get_future().get();
+    SECTION("it is done on another thread") { kept->done(); }
+    SECTION("a later one is done first, and settles both") {
+        view.order("chat", {}, order_wake, long_enough, {});
+        kept->refuse("nobody reads this");
+    }
+    person.join();
+}
+
+TEST_CASE("refusals say why", "[orders]") {
+    Shared shared("refused");
+    const LedgerView view(shared.name);
+    REQUIRE_THROWS_AS(view.order("chat", {}, order_sleep, long_enough, {}), InvalidArgument);
+    REQUIRE_THROWS_AS(view.order("nobody", {}, order_sleep, long_enough, {}), ModelNotFound);
+    const AccountPtr account = shared.model->account();
+    account->set_order_callback([](const std::shared_ptr<Order>& order) { order->refuse("it is busy"); });
+    REQUIRE(refusal(view).find("does not sleep: it is busy") != std::string::npos);
+    account->set_order_callback([](const std::shared_ptr<Order>& order) { order->refuse(std::string(1000, 'x')); });
+    REQUIRE(refusal(view, order_wake).find(std::string(ledger_reason_size - 1, 'x')) != std::string::npos);
+    account->set_order_callback([](const std::shared_ptr<Order>&) { throw std::runtime_error("it threw"); });
+    REQUIRE(refusal(view).find("it threw") != std::string::npos);
+    account->set_order_callback([](const std::shared_ptr<Order>&) {});
+    REQUIRE(refusal(view).find("let the order go") != std::string::npos);
+    account->set_order_callback(nullptr);
+    REQUIRE_THROWS_AS(view.order("chat", {}, order_sleep, long_enough, {}), InvalidArgument);
+}
+
+TEST_CASE("a wait for an order ends with its time, when it is called off, and with the model", "[orders]") {
+    auto shared = std::make_unique<Shared>("waits");
+    // A second pool keeps the ledger, and a later model may get the entry of the first.
+    SharedMemoryPool beside(16 * MiB, host_driver(), {}, shared->name);
+    const LedgerView view(shared->name);
+    std::vector<std::shared_ptr<Order>> kept;
+    std::promise<void> passed_on;
+    shared->model->account()->set_order_callback([&](const std::shared_ptr<Order>& order) {
+        kept.push_back(order);
+        if (kept.size() == 3) passed_on.set_value();
+    });
+    REQUIRE_THROWS_AS(view.order("chat", {}, order_sleep, 0, {}), LedgerError);
+    int asked = 0;
+    REQUIRE_THROWS_AS(view.order("chat", {}, order_sleep, long_enough, [&] { return ++asked == 2; }), WaitCancelled);
+    std::thread person([&] { REQUIRE(refusal(view).find("it has ended") != std::string::npos); });
+    passed_on.get_future().get();
+    shared.reset();
+    const ModelPtr next = beside.register_model("chat", 16 * MiB);
+    person.join();
+    kept.clear();  // settles nothing of the one that has the entry now
+    next->account()->set_order_callback([](const std::shared_ptr<Order>& order) { order->done(); });
+    view.order("chat", {}, order_sleep, long_enough, {});
+}
+
+}  // namespace elastikv::testing

@@ -1,0 +1,223 @@
+"""bench_vllm without engines: the load, the engine's loop over it, and what is reported of results that are made up."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "python"))
+
+
+@pytest.mark.parametrize("engines", [2, 3])
+def test_peaks_follow_each_other(engines):
+    import bench_vllm
+
+    for which in range(engines):
+        came = [at for seed in range(20) for at, _, _ in bench_vllm.arrivals(15.0, which, engines, seed)]
+        parts = [sum(int(at / bench_vllm.SPAN * engines) == part for at in came) for part in range(engines)]
+        peak = 20 * 15.0 * bench_vllm.SPAN / engines
+        assert parts[which] == pytest.approx(peak, rel=0.1)
+        for part in set(range(engines)) - {which}:
+            assert parts[part] == pytest.approx(peak / 10, rel=0.3)
+    one = bench_vllm.arrivals(15.0, 0, engines, 1)
+    assert one == bench_vllm.arrivals(15.0, 0, engines, 1) != bench_vllm.arrivals(15.0, 0, engines, 2)
+    assert [at for at, _, _ in one] == sorted(at for at, _, _ in one)
+
+
+def test_loads_go_up_and_all_sections_fit_the_time_of_a_run():
+    import bench_vllm
+
+    seconds = 0.0
+    for group, loads in bench_vllm.LOADS.items():
+        assert list(loads) == sorted(loads) and len(bench_vllm.ENGINES[group]) == {"pair": 2, "trio": 3}[group]
+        seconds += 2 * (20 + len(loads) * (bench_vllm.SPAN + bench_vllm.REST))
+    assert seconds <= 540 - 180, "single and kill take three minutes of nine"
+
+
+class Instant:
+    """An engine that gives every request a token a step."""
+
+    def __init__(self, tokens):
+        self.tokens, self.running = tokens, {}
+
+    def add_request(self, number, prompt, sampling):
+        assert len(prompt["prompt_token_ids"]) == 8
+        self.running[number] = []
+
+    def has_unfinished_requests(self):
+        return bool(self.running)
+
+    def step(self):
+        for ids in self.running.values():
+            ids.append(1)
+        outputs = [
+            SimpleNamespace(request_id=number, outputs=[SimpleNamespace(token_ids=list(ids))])
+            for number, ids in self.running.items()
+        ]
+        self.running = {number: ids for number, ids in self.running.items() if len(ids) < self.tokens}
+        return outputs
+
+    def abort_request(self, numbers):
+        for number in numbers:
+            self.running.pop(number, None)
+
+
+@pytest.mark.parametrize("until", [30.0, 0.0])
+def test_the_loop_serves_what_comes_and_says_who_got_nothing(until):
+    import time
+
+    import vllm_worker
+
+    worker = object.__new__(vllm_worker.Worker)
+    worker.engine, worker.number, worker.kv_bytes, worker.ledger = Instant(3), 0, lambda: 7, None
+    worker.sampling = lambda n: n
+    due = [(0.001 * i, 8, 3) for i in range(20)]
+    found = worker.trace(begin=time.time(), arrivals=due, until=until, seed=0)
+    if until:
+        assert found["arrived"] == [at for at, _, _ in due]
+        assert all(first >= 0 for first in found["first"])
+    else:
+        assert all(first is None for first in found["first"])
+    assert not worker.engine.running
+
+
+def core(engine):
+    """As much of vLLM's core as the loop looks at, around an engine that is not vLLM's."""
+    scheduler = SimpleNamespace(
+        kv_cache_manager=SimpleNamespace(block_pool=object()),
+        schedule=lambda: SimpleNamespace(total_num_scheduled_tokens=len(engine.running)),
+    )
+    return SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
+
+
+def test_steady_rounds_and_a_look_at_the_longest_steps():
+    import vllm_worker
+
+    worker = object.__new__(vllm_worker.Worker)
+    worker.engine, worker.number = Instant(20), 0
+    worker.engine.engine_core = core(worker.engine)
+    scheduler, step = worker.engine.engine_core.engine_core.scheduler, worker.engine.step
+    schedule = scheduler.schedule
+
+    def scheduled_step():
+        scheduler.schedule()
+        return step()
+
+    worker.engine.step = scheduled_step
+    worker.sampling = lambda n: n
+    found = worker.steady(requests=5, prompt=8, n=20, rounds=3)
+    assert len(found["tokens_per_second"]) == 3 and found["gap_p50_ms"] <= found["gap_p99_ms"]
+    assert len(found["longest_steps"]) == 2
+    for look in found["longest_steps"]:
+        assert len(look["all run"]) == 8
+        assert [each["ms"] for each in look["all run"]] == sorted(
+            (each["ms"] for each in look["all run"]), reverse=True
+        )
+        assert {each["tokens"] for each in look["all run"]} == {5} and len(look["filling"]) == 1
+    assert scheduler.schedule is schedule
+
+
+def trace(waits):
+    """A request each 100 ms."""
+    return {
+        "arrived": [0.1 * i for i in range(len(waits))],
+        "first": waits,
+        "held": [[0, 1]],
+        "driver_calls": {"create": [3, 10.0]},
+    }
+
+
+def write_sharing(folder, group, engines, loads):
+    """On one ledger each waits 0.1 s at any load; on static shares some wait longer, the more the higher the load, and
+    the last one gets nothing."""
+    quick = [0.1] * 50
+    late = [[0.1] * (50 - 10 * i) + [2.0] * (10 * i) for i in range(loads)]
+    late[-1][-1] = None
+    static = {name: {"trace": [trace(waits) for waits in late]} for name in engines}
+    (folder / f"{group}-static.json").write_text(json.dumps(static))
+    elastic = {name: {"trace": [trace(quick)] * loads} for name in engines}
+    (folder / f"{group}-elastic.json").write_text(json.dumps(elastic))
+
+
+def test_report_of_parts(tmp_path, capsys):
+    import bench_vllm
+
+    import vllm_report
+
+    assert set(bench_vllm.collected(tmp_path)) == {"benchmark", "slo"}
+    for group, engines in bench_vllm.ENGINES.items():
+        write_sharing(tmp_path, group, engines, len(bench_vllm.LOADS[group]))
+    (tmp_path / "kill.json").write_text(
+        json.dumps({"victim_held": 1 << 30, "seconds": 0.1, "other_served": 9, "other_asked": 9, "other_peak": 1 << 31})
+    )
+    one = {
+        "startup": 6.0, "idle_at_start": 1 << 30, "outputs": [{"tokens": [[1], [2]]}] * 2,
+        "steady": [{"tokens_per_second": [100.0], "gap_p50_ms": 5.0, "gap_p99_ms": 9.0,
+                    "longest_steps": [{"all run": [{"ms": 9.0, "tokens": 128, "step": 3}]}]}],
+        "idle": [{"after_burst": 1 << 30, "without_prefixes": 48 << 20, "seconds": 0.1}],
+    }  # fmt: skip
+    for name, idle in (("single-plain", 1 << 30), ("single-elastic", 48 << 20)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"one": {**one, "idle_at_start": idle}}))
+
+    result = json.loads(json.dumps(bench_vllm.collected(tmp_path)))
+    until = bench_vllm.SPAN + bench_vllm.REST
+    for group, engines in bench_vllm.ENGINES.items():
+        points = result[group]
+        assert [point["load"] for point in points] == list(bench_vllm.LOADS[group])
+        for i, point in enumerate(points):
+            assert point["elastic"] == {"requests": 50 * len(engines), "p50": 0.1, "p99": 0.1, "within_slo": 1.0}
+            assert point["static"]["within_slo"] == pytest.approx(1 - 0.2 * i)
+        # Who had no token at the end has waited since it came, and no longer.
+        assert points[-1]["static"]["p99"] == pytest.approx(until - 4.9)
+        assert vllm_report.load_in_time(points, "static") == bench_vllm.LOADS[group][0]
+        assert vllm_report.load_in_time(points, "elastic") == bench_vllm.LOADS[group][-1]
+
+    vllm_report.print_tables(result)
+    printed = capsys.readouterr().out
+    assert "three engines: 99% within 0.5 s up to 5 requests/s with thirds, 20" in printed
+    table = vllm_report.markdown(result)
+    assert "within 0.5 s, static halves" in table and "static thirds" in table and "40.0%" in table
+    assert all(len({line.count("|") for line in part.splitlines()}) == 1 for part in tables(table))
+    assert all(met for _, _, _, met in vllm_report.bars(result))
+    assert sum("engines: " in what for what, *_ in vllm_report.bars(result)) == 4
+
+
+def tables(text):
+    """Runs of lines that are rows of a table."""
+    lines = text.splitlines()
+    return ["\n".join(rows) for row, rows in itertools.groupby(lines, lambda line: line.startswith("|")) if row]
+
+
+@pytest.mark.parametrize("groups", [("pair",), ("pair", "trio")])
+def test_picture(tmp_path, groups):
+    pytest.importorskip("matplotlib")
+    import bench_vllm
+
+    import vllm_report
+
+    for group in groups:
+        write_sharing(tmp_path, group, bench_vllm.ENGINES[group], len(bench_vllm.LOADS[group]))
+    path = tmp_path / "vllm.png"
+    vllm_report.picture(bench_vllm.collected(tmp_path), str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_section_that_is_not_there_is_refused_before_anything_runs(monkeypatch, capsys, tmp_path):
+    import bench_vllm
+
+    monkeypatch.setattr(bench_vllm.Bench, "kill", lambda self: pytest.fail("it ran"))
+    monkeypatch.setattr(sys, "argv", ["bench_vllm", "--sections", "kill,quartet", "--work", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        bench_vllm.main()
+    assert "there is no section 'quartet'" in capsys.readouterr().err
