@@ -28,6 +28,7 @@ class Ladder {
     // For another process, of whose charge nothing is known here.
     Ladder(Ledger& ledger, Bytes wanted) : ledger_(ledger), wanted_(wanted), by_count_(true) {}
 
+    bool has_room() const { return by_count_; }
     // Where the ledger has room it is the device that lacks it, or a caller wants memory back whatever the ledger says:
     // then what was freed counts.
     Bytes lacking() const {
@@ -145,6 +146,8 @@ thread_local bool serving = false;
 Bytes PhysicalBudget::make_room(Account& asker, Bytes wanted, bool wait, Clock::time_point until, HandOver* handed) {
     if (membership_) ledger_->reap();
     Ladder ladder(*ledger_, asker, wanted, handed);
+    // What came back since the attempt is worth another one before anybody is asked for anything.
+    if (handed != nullptr && !handed->note_room(ladder.has_room()) && ladder.has_room()) return wanted;
     const Accounts all = accounts();
     Accounts own;
     Accounts others;
