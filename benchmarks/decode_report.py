@@ -145,7 +145,13 @@ def _sentences(points: list[dict[str, Any]]) -> list[str]:
     text = []
     for point in points:
         rest, static = p50(point, "graph, compiled"), p50(point, "static, compiled")
-        if rest:
+        joined = p50(point, "graph, joined")
+        if rest and joined:
+            text.append(
+                f"With its projections joined, {title(point)} takes {joined:.2f} ms, and with the rest of the model "
+                f"compiled, too, {rest:.2f}."
+            )
+        elif rest:
             text.append(f"With the rest of the model compiled, {title(point)} takes {rest:.2f} ms.")
         if static:
             wait = point["ways"]["static, compiled"]["first_token_s"]

@@ -10,7 +10,8 @@ each other closely take their steps by turns. Ways:
 
     graph            elastikv's decoder: one CUDA graph for every length, memory mapped as it grows
     graph, resident  the same over rows that are wholly mapped from the start
-    graph, compiled  the same with the rest of the model compiled (one point)
+    graph, joined    the same with query, key and value projections joined (one point)
+    graph, compiled  that with the rest of the model compiled (one point)
     eager            the model with an ElasticCache and attention 'elastikv', as generate() calls it
     eager, sdpa      the model with an ElasticCache and its own attention, SDPA's flash back end forced
     dynamic          DynamicCache, as it comes
@@ -48,7 +49,7 @@ RACES = {
     "eager": (("eager", "dynamic, flash", "eager, sdpa"), 40, 30),
     "dynamic": (("dynamic",), 10, 10),
     "static": (("static",), 16, 16),
-    "rest": (("graph, compiled",), 64, 64),
+    "rest": (("graph, joined", "graph, compiled"), 64, 64),
     "compiled": (("static, compiled",), 40, 40),
 }
 #: Seconds that a race takes at most: it is not begun with less of the budget left.

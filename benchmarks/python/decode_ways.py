@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 import elastikv
-from elastikv.hf import Decoder, ElasticCache
+from elastikv.hf import Decoder, ElasticCache, JoinedProjections
 from elastikv.hf.forward import cache_argument
 
 LAYERS = 16
@@ -63,6 +63,7 @@ class Model:
         self._makers = {
             "graph": self._graph,
             "graph, resident": self._graph,
+            "graph, joined": self._graph,
             "graph, compiled": self._graph,
             "eager": self._eager,
             "eager, sdpa": self._eager,
@@ -143,7 +144,9 @@ class Model:
     @contextlib.contextmanager
     def _graph(self, name: str, batch: int, tokens: int, steps: int) -> Iterator[Way]:
         room = WARM + steps + ROOM
-        with self._elastic(batch, tokens, room) as (cache, handle):
+        together = name in ("graph, joined", "graph, compiled")
+        projections = JoinedProjections(self.model) if together else contextlib.nullcontext()
+        with projections, self._elastic(batch, tokens, room) as (cache, handle):
             slots = cache.slots
             assert slots.tensor is not None
             if name == "graph, resident":

@@ -59,8 +59,8 @@ TEST_CASE("memory that comes back while a claim fails is taken before anyone is 
     const auto region = asker->reserve(8 * page);
     bool back = false;
     driver->before = [&](DriverCall call) {
-        // The asker's second extent did not fit, and it undoes the first.
-        if (call != DriverCall::release || std::exchange(back, true)) return;
+        // The asker's second extent did not fit, and it undoes the first. (Not at release, which the driver counts.)
+        if (call != DriverCall::unmap || std::exchange(back, true)) return;
         busy->deallocate(0, 2 * page);
         busy->account()->reclaim(2 * page, false);
     };

@@ -292,8 +292,8 @@ def mapping_calls(model) -> int:
 
 
 def test_size_classes():
-    sizes = [size_class(tokens) for tokens in (1, 1024, 1025, 1536, 1537, 2048, 2049, 40000)]
-    assert sizes == [1024, 1024, 1536, 1536, 2048, 2048, 3072, 49152]
+    sizes = [size_class(tokens) for tokens in (1, 1024, 1025, 1536, 1537, 2048, 2049, 8192, 8193, 9217, 40000)]
+    assert sizes == [1024, 1024, 1536, 1536, 2048, 2048, 3072, 8192, 9216, 10240, 40960]
     assert size_class(1) == SMALLEST_CLASS
 
 

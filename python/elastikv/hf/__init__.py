@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from elastikv.hf.cache import ElasticCache
     from elastikv.hf.decoder import Decoder
     from elastikv.hf.generation import generate
+    from elastikv.hf.projections import JoinedProjections
     from elastikv.hf.sampling import Sampling
     from elastikv.hf.slots import Slots
 
-__all__ = ["Decoder", "ElasticCache", "Sampling", "Slots", "generate", "register"]
+__all__ = ["Decoder", "ElasticCache", "JoinedProjections", "Sampling", "Slots", "generate", "register"]
 
 _HOMES = {
     "Decoder": "decoder",
     "ElasticCache": "cache",
+    "JoinedProjections": "projections",
     "Sampling": "sampling",
     "Slots": "slots",
     "generate": "generation",

@@ -19,17 +19,22 @@ from elastikv.hf.views import logger
 if TYPE_CHECKING:
     from elastikv.hf.slots import Slots
 
-#: Attention's cost follows from the longest row that it is told of, so graphs are by classes of it: this, then powers
-#: of two and the middles between them.
+#: Attention's cost follows from the longest row that it is told of (a third beyond the truth cost 9 % on an H100, an
+#: eighth 1 to 2 %), so graphs are by classes of it: this, then powers of two and the middles between them, from FINE_FROM
+#: on eighths, as a capture costs a row of so many tokens nothing that one can see.
 SMALLEST_CLASS = 1024
+FINE_FROM = 8192
 #: The host runs at most so many steps ahead of the device.
 LEAD = 4
 
 
 def size_class(tokens: int) -> int:
     """The bound that a graph for rows of up to so many tokens is captured with."""
-    power = 1 << (tokens - 1).bit_length()
-    return max(SMALLEST_CLASS, power // 4 * 3 if tokens <= power // 4 * 3 else power)
+    if tokens <= SMALLEST_CLASS:
+        return SMALLEST_CLASS
+    below = 1 << (tokens - 1).bit_length() - 1  # the power of two below
+    step = below // (8 if below >= FINE_FROM else 2)
+    return below + -(-(tokens - below) // step) * step
 
 
 class Decoder:

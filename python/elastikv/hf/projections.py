@@ -1,0 +1,109 @@
+"""A model's query, key and value projections as one: three small matrices are read slower than one of their size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+NAMES = ("q_proj", "k_proj", "v_proj")
+
+
+class JoinedProjections:
+    """The projections of a model's attentions read their weights in one go, from now until `undo`, or within it.
+
+    The weights come to lie side by side, each still the parameter that it was, a view now: the model holds no more memory
+    than before, but for one layer's share while that one is moved. Values are the same to roundings of the dtype. What is
+    not made of three plain Linear layers of one input, or is quantized, hooked or offloaded, stays as it is; `len` says how
+    many attentions take part. Works eagerly, in a graph, and compiled; for inference only. To be made before a graph is
+    captured, and not to be undone beneath one. Not thread-safe: the model is one's own meanwhile.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._groups = [_Group(linears) for linears in _joinable(model)]
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def undo(self) -> None:
+        """Each projection runs by itself again. The weights stay where they are. May be called twice."""
+        for group in self._groups:
+            group.leave()
+        self._groups = []
+
+    def __enter__(self) -> JoinedProjections:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+class _Group:
+    """Three projections of one input. The first that is called computes for all; each takes its part once."""
+
+    def __init__(self, linears: list[torch.nn.Linear]) -> None:
+        self._linears = linears
+        with torch.inference_mode(False), torch.no_grad():
+            self._weight = torch.cat([each.weight for each in linears])
+            self._bias = None if linears[0].bias is None else torch.cat([each.bias for each in linears])
+        begin = 0
+        for each in linears:
+            end = begin + each.out_features
+            each.weight.data = self._weight[begin:end]
+            if self._bias is not None:
+                each.bias.data = self._bias[begin:end]
+            part: Any = each
+            part.__class__ = _Part
+            part.joined, part.columns = self, slice(begin, end)
+            begin = end
+        self._states: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+        self._taken = 0
+
+    def part(self, states: torch.Tensor, columns: slice) -> torch.Tensor:
+        if self._output is None or self._states is not states:
+            self._states, self._output, self._taken = states, linear(states, self._weight, self._bias), 0
+        output = self._output[..., columns]
+        self._taken += 1
+        if self._taken == len(self._linears):
+            self._states = self._output = None
+        return output
+
+    def leave(self) -> None:
+        for each in self._linears:
+            part: Any = each
+            del part.joined, part.columns
+            part.__class__ = torch.nn.Linear
+
+
+class _Part(torch.nn.Linear):
+    joined: _Group
+    columns: slice
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.joined.part(states, self.columns)
+
+
+def _joinable(model: torch.nn.Module) -> Iterator[list[torch.nn.Linear]]:
+    for module in model.modules():
+        linears = [getattr(module, name, None) for name in NAMES]
+        if all(map(_plain, linears)) and _alike(linears):  # type: ignore[arg-type]
+            yield linears  # type: ignore[misc]
+
+
+def _plain(module: Any) -> bool:
+    """A Linear that is nothing else, and whose weight is its own."""
+    if type(module) is not torch.nn.Linear or "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
+        return False
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and type(module.weight) is torch.nn.Parameter and module.weight.device.type != "meta"
+
+
+def _alike(linears: list[torch.nn.Linear]) -> bool:
+    kinds = {(each.in_features, each.weight.dtype, each.weight.device, each.bias is None) for each in linears}
+    return len(kinds) == 1 and len({id(each.weight) for each in linears}) == len(linears)

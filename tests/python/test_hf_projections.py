@@ -1,0 +1,146 @@
+"""Query, key and value projections that read their weights as one."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+from transformers import AutoModelForCausalLM, Qwen2Config  # noqa: E402
+
+from elastikv.hf import ElasticCache, JoinedProjections, generate  # noqa: E402
+from hf_networks import SIZES, agree, make_network, prompts  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LAYERS = SIZES["num_hidden_layers"]
+
+
+@pytest.fixture
+def pool_pages():
+    return 1024
+
+
+def biased(device: str):
+    torch.manual_seed(4)
+    network = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES), attn_implementation="elastikv")
+    for layer in network.model.layers:
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias)
+    return network.to(device, torch.float32 if device == "cpu" else torch.float16).eval()
+
+
+def projections(network, layer: int = 0) -> list:
+    attention = network.model.layers[layer].self_attn
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def logits_of(network, tokens) -> torch.Tensor:
+    with torch.inference_mode():
+        return network(tokens).logits
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_same_values_from_one_matrix(device, bias):
+    network = biased(device) if bias else make_network("gqa", device)
+    tokens, _ = prompts(device)
+    expected = logits_of(network, tokens)
+    names = list(network.state_dict())
+    before = {name: (each, each.detach().clone()) for name, each in network.named_parameters()}
+    with JoinedProjections(network) as joined:
+        assert len(joined) == LAYERS
+        calls = []
+        run = torch.nn.functional.linear
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("elastikv.hf.projections.linear", lambda *given: calls.append(given) or run(*given))
+            torch.testing.assert_close(logits_of(network, tokens), expected, rtol=1e-3, atol=2e-3)
+        assert len(calls) == LAYERS  # not three times as many
+        assert all(group._states is None and group._output is None for group in joined._groups)
+        for name, each in network.named_parameters():
+            assert each is before[name][0] and torch.equal(each, before[name][1])
+        assert list(network.state_dict()) == names
+        # Side by side, and nowhere else.
+        parts = projections(network)
+        assert len({part.weight.untyped_storage().data_ptr() for part in parts}) == 1
+        assert parts[0].weight.untyped_storage().nbytes() == sum(part.weight.nbytes for part in parts)
+    assert all(type(part) is torch.nn.Linear for part in projections(network))
+    assert torch.equal(logits_of(network, tokens), expected)
+    joined.undo()
+
+
+def test_weights_that_are_loaded_later_count(device):
+    network = make_network("gqa", device)
+    tokens, _ = prompts(device)
+    other = make_network("gqa", device)
+    with torch.no_grad():
+        for each in other.parameters():
+            each.mul_(0.9)
+    expected = logits_of(other, tokens)
+    with JoinedProjections(network):
+        network.load_state_dict(other.state_dict())
+        torch.testing.assert_close(logits_of(network, tokens), expected, rtol=1e-3, atol=2e-3)
+
+
+def test_who_asks_twice_gets_nothing_the_second_time(device):
+    network = make_network("gqa", device)
+    with JoinedProjections(network), JoinedProjections(network) as again:
+        assert len(again) == 0
+
+
+def test_what_is_not_three_plain_layers_of_one_input_stays(device):
+    class Own(torch.nn.Linear):
+        pass
+
+    def other_class(part):
+        part.__class__ = Own
+
+    def hooked(part):
+        part.register_forward_hook(lambda *_: None)
+
+    def patched(part):
+        part.forward = lambda states: torch.nn.Linear.forward(part, states)
+
+    def biased_alone(part):
+        part.bias = torch.nn.Parameter(torch.zeros(part.out_features, device=device, dtype=part.weight.dtype))
+
+    def widened(part):
+        part.to(torch.float64)
+
+    for change in (other_class, hooked, patched, biased_alone, widened):
+        network = make_network("gqa", device)
+        part = projections(network, 1)[2]
+        change(part)
+        kept = part.weight.data_ptr()
+        with JoinedProjections(network) as joined:
+            assert len(joined) == LAYERS - 1
+            assert part.weight.data_ptr() == kept
+
+
+def test_generates_the_same(device, model):
+    network = make_network("gqa", device)
+    tokens, mask = prompts(device)
+    answers = []
+    for _ in range(2):
+        cache = ElasticCache(network.config, model=model, max_batch=3, max_tokens=64)
+        answers.append(generate(network, tokens, cache, attention_mask=mask, max_new_tokens=20, stop=()))
+        cache.close()
+        JoinedProjections(network)
+    agree(answers[1], answers[0], device)
+
+
+def test_a_compiler_sees_one_product():
+    network = make_network("gqa", "cpu")
+    network.set_attn_implementation("sdpa")
+    tokens, _ = prompts("cpu")
+    expected = logits_of(network, tokens)
+    products = []
+
+    def count(graph, _):
+        products.append(sum("mm" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with JoinedProjections(network):
+        compiled = torch.compile(network, backend=aot_autograd(fw_compiler=count), fullgraph=True)
+        torch.testing.assert_close(logits_of(compiled, tokens), expected, rtol=1e-4, atol=1e-4)
+    assert products == [LAYERS * 5 + 1]  # the three as one, the output's, the MLP's three; the vocabulary's
