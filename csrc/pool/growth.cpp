@@ -62,8 +62,7 @@ Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const Al
     }
     for (const ByteRange& part : parts) table_.claim(part);
     note_peaks();
-    if (!scrubbing_.empty()) worker_.wake();
-    return 0;
+    return 0;  // nobody waits for the end of scrubbing: who gives an extent back looks for it
 }
 
 Bytes VirtualMemoryPool::try_fill_gaps(ByteRange pages, const AllocateOptions& options, std::vector<Extent>& fresh) {
