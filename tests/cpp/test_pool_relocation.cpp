@@ -89,6 +89,26 @@ TEST_CASE("invariant 3: an extent is at both places until the work at the old on
     CHECK(lagging->breach().empty());
 }
 
+TEST_CASE("relocation: what was just moved sleeps and wakes with its content", "[pool][relocation][pause]") {
+    const auto host = std::make_shared<HostDriver>();
+    const auto lagging = std::make_shared<LaggingDriver>(host);
+    const Bytes page = host->capabilities().granularity;
+    VirtualMemoryPool pool(32 * page, lagging, {.park_limit = 0});
+    const Address old_place = pool.allocate(0, 2 * page, on_stream(1));
+    lagging->enqueue({1}, old_place, 2 * page, [=] { *host_pointer(old_place) = 5; });
+    const ByteRange extent{0, 2 * page};
+    const Stream user{1};
+    REQUIRE(pool.try_relocate({&extent, 1}, 8 * page, user, {&user, 1}));
+    pool.pause({{{0, 32 * page}}}, Keep::on_host);
+    pool.drain();
+    CHECK(pool.physical_memory_usage() == 0);
+    CHECK(pool.resume({{0, 32 * page}}) == 2 * page);
+    CHECK(all_bytes_are(host->capabilities(), pool.base_address() + 8 * page, 1, 5));
+    CHECK(pool.stats().aliased == 0);
+    CHECK(pool.check().empty());
+    CHECK(lagging->breach().empty());
+}
+
 TEST_CASE("relocation: only whole extents of which all is the owner's can be moved", "[pool][relocation]") {
     PoolFixture at;
     prepare(at);
