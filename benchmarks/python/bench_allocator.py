@@ -91,7 +91,7 @@ class Worker:
 
     def cold(self, trace: str) -> dict[str, float]:
         took = self.traces[trace].run_on_cuda(0)
-        return {"milliseconds": took / 1e6, **self.peaks()}
+        return {"milliseconds": took / 1e6, **self.peaks(), **self.driver_calls()}
 
     def steady(self, trace: str, passes: int) -> dict[str, float]:
         """The median of a few passes after one that draws the memory, which goes back afterwards."""
@@ -122,6 +122,16 @@ class Worker:
         kept = {name: int(stats[f"{name}_bytes.all.peak"]) for name in ("allocated", "requested", "reserved")}
         held = self.shared.global_stats().peak_physical if self.shared is not None else kept["reserved"]
         return {**{f"stats_{name}": value for name, value in kept.items()}, "peak_reserved": held}
+
+    def driver_calls(self) -> dict[str, float]:
+        """Of elastikv, by call: how many there were and the milliseconds they took, on all threads."""
+        calls: dict[str, float] = {}
+        for name in self.shared.models() if self.shared is not None else ():
+            for call, made in self.shared.model(name).stats().driver_calls.items():
+                if made.count:
+                    calls[f"driver_{call}"] = calls.get(f"driver_{call}", 0) + made.count
+                    calls[f"driver_{call}_ms"] = calls.get(f"driver_{call}_ms", 0) + made.nanoseconds / 1e6
+        return calls
 
 
 def serve(allocator: str) -> None:
@@ -202,7 +212,9 @@ class Rows:
         measured = self.of[row]
         table: dict[str, dict[str, float]] = {}
         for allocator, rounds in measured.items():
-            table[allocator] = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+            # A call of the driver that was not needed in some round was made 0 times in it.
+            keys = dict.fromkeys(key for each in rounds for key in each)
+            table[allocator] = {key: statistics.median(each.get(key, 0) for each in rounds) for key in keys}
             for other in ("native", "expandable"):
                 ratios = [mine[time_key] / its[time_key] for mine, its in zip(rounds, measured[other])]
                 table[allocator][f"to_{other}"] = statistics.median(ratios)

@@ -13,6 +13,7 @@
 #include "driver/cuda_driver.h"
 #include "driver/cuda_symbols.h"
 #include "driver/fork_guard.h"
+#include "driver/warm_up.h"
 
 namespace elastikv {
 namespace {
@@ -353,7 +354,10 @@ DriverPtr cuda_driver(int index) {
     static auto* const drivers = new std::map<int, DriverPtr>;  // leaked, like the host's
     const std::lock_guard lock(*mutex);
     auto it = drivers->find(index);
-    if (it == drivers->end()) it = drivers->emplace(index, std::make_shared<CudaDriver>(index)).first;
+    if (it == drivers->end()) {
+        it = drivers->emplace(index, std::make_shared<CudaDriver>(index)).first;
+        warm_up(*it->second);
+    }
     return it->second;
 }
 

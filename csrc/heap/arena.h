@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "heap/types.h"
@@ -37,10 +38,45 @@ struct Block {
     bool present() const { return state != BlockState::absent; }
 };
 
-struct BySize {
-    bool operator()(const Block* a, const Block* b) const {
-        return a->size != b->size ? a->size < b->size : a->address < b->address;
+// Blocks by size, and by address where these are equal. Nearly every request takes one out and puts another in, so the
+// node of the last that left is kept for the next that comes.
+class BlockIndex {
+  public:
+    void insert(Block* block) {
+        if (spare_.empty()) {
+            blocks_.insert(block);
+        } else {
+            spare_.value() = block;
+            blocks_.insert(std::move(spare_));
+        }
     }
+    void erase(Block* block) { spare_ = blocks_.extract(block); }
+    bool contains(Block* block) const { return blocks_.contains(block); }
+    // The smallest that has at least so many bytes; null if none has.
+    Block* best_fit(Bytes size) const {
+        const auto found = blocks_.lower_bound(size);
+        return found == blocks_.end() ? nullptr : *found;
+    }
+    bool empty() const { return blocks_.empty(); }
+    std::size_t size() const { return blocks_.size(); }
+    auto begin() const { return blocks_.begin(); }
+    auto end() const { return blocks_.end(); }
+    // The largest first.
+    auto rbegin() const { return blocks_.rbegin(); }
+    auto rend() const { return blocks_.rend(); }
+
+  private:
+    struct BySize {
+        using is_transparent = void;
+        bool operator()(const Block* a, const Block* b) const {
+            return a->size != b->size ? a->size < b->size : a->address < b->address;
+        }
+        bool operator()(const Block* block, Bytes size) const { return block->size < size; }
+        bool operator()(Bytes size, const Block* block) const { return size < block->size; }
+    };
+
+    std::set<Block*, BySize> blocks_;
+    decltype(blocks_)::node_type spare_;
 };
 
 // Contiguous addresses of one bin: all of it has memory, or, for an elastic range, the blocks that are not absent.
@@ -62,8 +98,8 @@ struct Bin {
     Arena* arena = nullptr;
     Stream stream{};
     bool large = false;
-    std::set<Block*, BySize> free{};
-    std::set<Block*, BySize> absent{};
+    BlockIndex free{};
+    BlockIndex absent{};
     std::vector<std::unique_ptr<Segment>> segments{};
 };
 

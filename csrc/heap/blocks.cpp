@@ -128,7 +128,7 @@ void Heap::make_present(Block* block) {
 // A part of a free block has none any more.
 void Heap::make_absent(Block* block, ByteRange part) {
     Segment& segment = *block->segment;
-    std::set<Block*, BySize>& holes = segment.bin->absent;
+    BlockIndex& holes = segment.bin->absent;
     remove_free(block);
     Block* const before = part.begin > block->address ? block : nullptr;
     Block* gone = before != nullptr ? split(block, part.begin - block->address) : block;

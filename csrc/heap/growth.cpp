@@ -15,6 +15,9 @@ constexpr Bytes range_share = 64;
 // can't be given back; but so large that the driver's calls stay few.
 constexpr Bytes room_share = 100;
 constexpr Bytes smallest_cut = 8 * MiB;
+// A heap that is small beside the room that is left grows by this share of what it holds, up to that share of the room.
+constexpr Bytes early_share = 8;
+constexpr Bytes early_room = 512;
 
 Bytes round_up(Bytes size, Bytes unit) {
     const auto rounded = align_up(size, unit);
@@ -91,56 +94,74 @@ Bytes Heap::try_grow(Bin& bin, const HeapRequest& request, HandOver& handed) {
             hole.pages = std::min(std::max(hole.pages, ahead), hole.block->size);
         }
     }
-    // What lies idle elsewhere pays for what is mapped here, once the heap holds what its highest load needs. Below
-    // that it may keep idle memory, as it will be wanted again.
+    const Bytes exact = hole.pages;
     const auto current = [](const StatTriple& stat) { return static_cast<Bytes>(stat.of[0].current); };
     highest_load_ = std::max(highest_load_, current(stats_.active_bytes) + request.size);
-    const auto idle_share_of = [&](Bytes bytes) {
-        return static_cast<Bytes>(options_.idle_share * static_cast<double>(bytes));
-    };
-    const Bytes allowed = highest_load_ + idle_share_of(highest_load_);
-    const Bytes held = current(stats_.reserved_bytes) + hole.pages;
-    const Bytes exact = hole.pages;
-    if (held > allowed) {
-        const Bytes released = release_extents(held - allowed, hole.block, request.note);
-        if (released > 0) pool_->reclaim(released, /*wait=*/false);  // or both are held until the worker gets to it
-    } else if (bin.large) {
-        // A little ahead of need in the same extent, as the driver's cost goes by the handle.
-        const Bytes ahead = align_down(std::min(allowed - held, idle_share_of(held)), pool_->page_size());
-        if (over_limit(hole.pages + ahead) == 0) hole.pages += std::min(ahead, hole.block->size - hole.pages);
+    if (bin.large) {
+        // What lies idle elsewhere pays for what is mapped here, once the heap holds what its highest load needs. Below
+        // that it may keep idle memory, as it will be wanted again. Small ranges would pay with extents many times
+        // their growth.
+        const Bytes allowed = highest_load_ + ahead_of(highest_load_);
+        const Bytes held = current(stats_.reserved_bytes) + hole.pages;
+        if (held > allowed) {
+            if (relocate(bin, hole, std::min(held - allowed, hole.pages), request.note)) return 0;
+            pay(hole, std::min(held - allowed, hole.pages), handed, request.note);
+        } else {
+            // A little ahead of need in the same extent, as the driver's cost goes by the handle.
+            const Bytes ahead = align_down(std::min(allowed - held, ahead_of(held)), pool_->page_size());
+            if (over_limit(hole.pages + ahead) == 0) hole.pages += std::min(ahead, hole.block->size - hole.pages);
+        }
     }
 
     if (const Bytes over = over_limit(hole.pages); over > 0) return over;
-    Block* block = hole.block;
     AllocateOptions options;
     options.stream = bin.stream;
     options.hand_over = &handed;
     options.extents.largest = largest_extent();
     for (;;) {
-        const Bytes begin = offset_of(block->address) + (hole.at_back ? block->size - hole.pages : 0);
-        const Bytes lacking = pool_->try_claim(begin, hole.pages, options);
+        const Bytes lacking = pool_->try_claim(begin_of(hole), hole.pages, options);
         if (lacking == 0) break;
         if (hole.pages == exact) return lacking;
         hole.pages = exact;  // what is ahead of need is not worth anyone else's memory
     }
 
+    fill(bin, hole, request.note);
+    return 0;
+}
+
+Bytes Heap::begin_of(const Hole& hole) const {
+    return offset_of(hole.block->address) + (hole.at_back ? hole.block->size - hole.pages : 0);
+}
+
+// The pages of the hole have memory now.
+void Heap::fill(Bin& bin, const Hole& hole, const Note& note) {
+    Block* block = hole.block;
     bin.absent.erase(block);
     if (hole.pages < block->size) {
         Block* const rest = split(block, hole.at_back ? block->size - hole.pages : hole.pages);
         bin.absent.insert(hole.at_back ? block : rest);
         if (hole.at_back) block = rest;
     }
-    notify(HeapAction::segment_map, block->address, hole.pages, *block->segment, request.note);
+    notify(HeapAction::segment_map, block->address, hole.pages, *block->segment, note);
     make_present(block);
-    return 0;
+}
+
+Bytes Heap::room() const {
+    const Bytes reserved = static_cast<Bytes>(stats_.reserved_bytes.of[0].current);
+    return std::min(options_.limit - std::min(options_.limit, reserved), pool_->room());
 }
 
 Bytes Heap::largest_extent() const {
-    if (options_.largest_extent > 0) return round_up(options_.largest_extent, pool_->page_size());
-    const Bytes reserved = static_cast<Bytes>(stats_.reserved_bytes.of[0].current);
-    Bytes room = options_.limit - std::min(options_.limit, reserved);
-    if (pool_->budget()) room = std::min(room, pool_->budget()->available());
-    return align_up(std::max(room / room_share, smallest_cut), pool_->page_size()).value_or(0);
+    const Bytes page = pool_->page_size();
+    if (options_.largest_extent > 0) return round_up(options_.largest_extent, page);
+    return align_up(std::max(room() / room_share, smallest_cut), page).value_or(0);
+}
+
+// Of memory that a heap which holds so much may have idle.
+Bytes Heap::ahead_of(Bytes held) const {
+    if (options_.idle_share <= 0) return 0;
+    const Bytes share = static_cast<Bytes>(options_.idle_share * static_cast<double>(held));
+    return std::max(share, std::min(held / early_share, room() / early_room));
 }
 
 // Where the fewest pages are to be mapped, counting what lies free beside them; the lowest such place.
@@ -155,10 +176,10 @@ Heap::Hole Heap::best_hole(const Bin& bin, Bytes size) const {
             const Bytes beside = at_back ? behind : before;
             const Bytes wanted = beside < size ? round_up(size - beside, page) : page;
             const Hole hole{block, std::min(wanted, block->size), at_back};
-            if (best.block == nullptr || hole.pages < best.pages ||
-                (hole.pages == best.pages && block->address < best.block->address)) {
-                best = hole;
-            }
+            const bool better = best.block == nullptr || hole.pages < best.pages ||
+                                (hole.pages == best.pages && block->address < best.block->address);
+            // What was moved away is mapped there until the work that used it has finished.
+            if (better && !pool_->is_leaving(begin_of(hole), hole.pages)) best = hole;
         }
     }
     return best;
@@ -201,6 +222,7 @@ void Heap::drop_empty_ranges() {
         std::erase_if(bin->segments, [&](const auto& segment) {
             const Bytes begin = offset_of(segment->address);
             if (segment->resident > 0 || pool_->blocked_until(begin, segment->size)) return false;
+            if (pool_->is_leaving(begin, segment->size)) return false;
             bin->absent.erase(segment->first);
             spare_blocks_.push_back(segment->first);
             addresses_.add({begin, begin + segment->size});

@@ -86,12 +86,8 @@ Address Heap::try_allocate_cached(const HeapRequest& request) {
 Block* Heap::take(Arena& arena, const HeapRequest& request) {
     if (!retiring_.empty()) settle_passed(/*all=*/false);
     Bin& bin = arena.bin(request.stream, request.size > small_request);
-    Block key;
-    key.size = request.size;
-    const auto found = bin.free.lower_bound(&key);
-    if (found == bin.free.end()) return nullptr;
-    Block* const block = *found;
-    if (block->segment->elastic) return block;  // split to measure, however large
+    Block* const block = bin.free.best_fit(request.size);
+    if (block == nullptr || block->segment->elastic) return block;  // split to measure, however large
     // What is not split is not given away for much less than it holds.
     const Bytes limit = options_.max_split_size;
     if (request.size < limit ? block->size >= limit : block->size >= request.size + large_buffer) return nullptr;

@@ -31,8 +31,9 @@ namespace elastikv {
 struct HeapOptions {
     // Free blocks larger than this are neither split nor given to requests that are smaller than it.
     Bytes max_split_size = ~Bytes{0};
-    // Growth keeps what the heap holds below the most that was ever in use at once and this share of it, by giving idle
-    // extents back before it makes new ones. Large ranges grow ahead of need by this share of what the heap holds.
+    // Large ranges grow ahead of need by this share of what the heap holds, or by more while that is little beside the
+    // room that is left; 0: not at all. Beyond the most that was ever in use at once, and as much again as ahead of it,
+    // they grow by what lies idle elsewhere before new extents are made.
     double idle_share = 0.01;
     // Growth is cut into extents of at most this size, rounded up to pages; 0: of one percent of the room that is left,
     // or 8 MiB. An extent goes back as a whole, so one block left in it holds all of it, while the driver's cost goes
@@ -170,13 +171,21 @@ class Heap final : public IdleHolder {
     Bytes try_grow(Bin& bin, const HeapRequest& request, HandOver& handed);
     Bytes try_add_segment(Lock& lock, const HeapRequest& request, HandOver& handed);
     Bytes over_limit(Bytes more) const;
+    Bytes room() const;
     Bytes largest_extent() const;
+    Bytes ahead_of(Bytes held) const;
     Hole best_hole(const Bin& bin, Bytes size) const;
+    Bytes begin_of(const Hole& hole) const;
+    void fill(Bin& bin, const Hole& hole, const Note& note);
     Hole add_range(Bin& bin, Bytes size);
     OutOfVirtualMemory out_of_addresses(Bytes size);
     void drop_empty_ranges();
     Block* take_from_others(const HeapRequest& request);
     Bytes take_addresses(Bytes size);
+
+    // relocation.cpp
+    bool relocate(Bin& bin, Hole hole, Bytes owed, const Note& note);
+    void pay(const Hole& hole, Bytes owed, HandOver& handed, const Note& note);
 
     // reclaim.cpp
     // Idle extents of elastic ranges, but for those in the blocks beside `spared`.

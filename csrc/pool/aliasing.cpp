@@ -109,7 +109,6 @@ Bytes VirtualMemoryPool::carry_out(const AliasPlan& plan, const AllocateOptions&
     }
     table_.claim(plan.target);
     note_peaks();
-    if (!scrubbing_.empty()) worker_.wake();
     return 0;
 }
 

@@ -62,19 +62,29 @@ Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const Al
     }
     for (const ByteRange& part : parts) table_.claim(part);
     note_peaks();
-    if (!scrubbing_.empty()) worker_.wake();
-    return 0;
+    return 0;  // nobody waits for the end of scrubbing: who gives an extent back looks for it
 }
 
 Bytes VirtualMemoryPool::try_fill_gaps(ByteRange pages, const AllocateOptions& options, std::vector<Extent>& fresh) {
     for (const ByteRange& gap : table_.gaps(pages)) {
-        ByteRange piece{gap.begin, gap.begin};
-        while (piece.end < gap.end) {
-            piece = {piece.end, piece.end + extent_size(gap.end - piece.end, options)};
-            AllocateOptions of_piece = options;
-            of_piece.open_ended = options.open_ended && piece.end == gap.end;
-            if (try_fill_gap(piece, of_piece, fresh) > 0) return gap.end - piece.begin;
-        }
+        // What is handed over is as large as it is: it fills a gap, or one of the extents that were asked for.
+        const Bytes lacking = options.extents.exact ? try_fill_by_extents(gap, options, fresh, /*handed=*/true)
+                                                    : try_fill_gap(gap, options, fresh);
+        if (lacking > 0) return lacking;
+    }
+    return 0;
+}
+
+// By extents of the sizes that are asked for; with `handed`, of others' as far as they fit.
+Bytes VirtualMemoryPool::try_fill_by_extents(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh,
+                                             bool handed) {
+    ByteRange piece{gap.begin, gap.begin};
+    while (piece.end < gap.end) {
+        piece = {piece.end, piece.end + extent_size(gap.end - piece.end, options)};
+        AllocateOptions of_piece = options;
+        of_piece.open_ended = options.open_ended && piece.end == gap.end;
+        const Bytes lacking = handed ? try_fill_gap(piece, of_piece, fresh) : try_fill_with_new(piece, of_piece, fresh);
+        if (lacking > 0) return gap.end - piece.begin;
     }
     return 0;
 }
@@ -91,13 +101,15 @@ Bytes VirtualMemoryPool::extent_size(Bytes left, const AllocateOptions& options)
 // What others could give up for these parts.
 void VirtualMemoryPool::want(std::span<const ByteRange> parts, Bytes lacking, const AllocateOptions& options) const {
     if (options.hand_over == nullptr) return;
-    Bytes largest = options.extents.largest;
+    const ExtentSizes& extents = options.extents;
+    Bytes largest = extents.exact ? extents.largest : 0;
     if (largest == 0) {
         for (const ByteRange& part : parts) {
             for (const ByteRange& gap : table_.gaps(table_.pages_of(part))) largest = std::max(largest, gap.size());
         }
+        if (extents.largest > 0) largest = std::min(largest, extents.largest);
     }
-    options.hand_over->want(lacking, largest, /*exact=*/options.extents.largest > 0);
+    options.hand_over->want(lacking, largest, /*exact=*/extents.exact && extents.largest > 0);
 }
 
 Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh) {
@@ -106,7 +118,9 @@ Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& opti
     if (!rest.empty()) {  // first, as it may lack
         AllocateOptions of_rest = options;
         of_rest.held += handed;
-        if (try_fill_with_new(rest, of_rest, fresh) > 0) return gap.size();
+        const Bytes lacking = options.extents.exact ? try_fill_with_new(rest, of_rest, fresh)
+                                                    : try_fill_by_extents(rest, of_rest, fresh, /*handed=*/false);
+        if (lacking > 0) return gap.size();
     }
     for (Bytes at = gap.begin; at < rest.begin;) {
         auto physical = options.hand_over->next(rest.begin - at);

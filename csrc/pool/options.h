@@ -46,6 +46,9 @@ struct ExtentSizes {
     // Towards the end of a gap extents are halves of what is left of it, down to this size; so what is shared up to a
     // place near the end leaves little to copy. 0: they are not.
     Bytes smallest = 0;
+    // Whether the owner needs extents of just these sizes. If not, `largest` is a limit, and what others give up may be
+    // smaller.
+    bool exact = false;
 };
 
 // See AllocateOptions.

@@ -16,7 +16,10 @@ void VirtualMemoryPool::retire(std::vector<ByteRange> parts, std::span<const Str
                                std::shared_ptr<ReleaseGate> gate) {
     auto prepared = retiring_.try_prepare(std::move(parts), streams, std::move(gate));
     if (!prepared.ok()) throw CudaError(prepared.status(), "recording a fence for released memory");
-    RetireBatch batch = std::move(prepared.value());
+    retire(std::move(prepared.value()));
+}
+
+void VirtualMemoryPool::retire(RetireBatch batch) {
     retiring_.inherit(batch);
     for (const ByteRange& part : batch.parts) {
         table_.for_each_extent(part, [&](const Extent& extent) {

@@ -113,6 +113,18 @@ class VirtualMemoryPool {
     // CudaError.
     void make_writable(Bytes offset, Bytes size, std::span<const Stream> streams = default_stream);
     Bytes try_make_writable(Bytes offset, Bytes size, std::span<const Stream> streams);
+    // Extents within the range that are allocated as a whole and that try_relocate() may take, in order.
+    std::vector<ByteRange> movable_within(Bytes offset, Bytes size) const;
+    // Moves whole allocated extents to [to, ...), one after another, for an owner who needs their memory there and
+    // their content no more: mapped there at once, for `stream`, and unmapped where they are once the work on `users`
+    // so far has finished. Neither made nor given back, so nothing is charged and nothing can lack. The owner sees to
+    // it that work at the new place comes after what still touches the old one. All or nothing: false where an extent
+    // can't be taken any more, memory lies or retires at the new place, or the driver refuses. Throws InvalidSize,
+    // InvalidOffset, AlreadyMapped, ModelPaused, PoolClosed.
+    bool try_relocate(std::span<const ByteRange> extents, Bytes to, Stream stream, std::span<const Stream> users);
+    // Whether something in the range is mapped elsewhere, too, as what was moved is until the work at its old place has
+    // finished: a claim there would wait for that.
+    bool is_leaving(Bytes offset, Bytes size) const;
     // Maps the pages of the range on the worker's thread, so that a later allocate() needs no driver call. A hint: it
     // is dropped when memory is short. Throws InvalidSize, InvalidOffset.
     void prefetch(Bytes offset, Bytes size);
@@ -230,6 +242,7 @@ class VirtualMemoryPool {
     // on success.
     Bytes try_allocate(std::span<const ByteRange> parts, const AllocateOptions& options);
     Bytes try_fill_gaps(ByteRange pages, const AllocateOptions& options, std::vector<Extent>& fresh);
+    Bytes try_fill_by_extents(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh, bool handed);
     Bytes extent_size(Bytes left, const AllocateOptions& options) const;
     Bytes try_fill_gap(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh);
     Bytes try_fill_with_new(ByteRange gap, const AllocateOptions& options, std::vector<Extent>& fresh);
@@ -264,8 +277,12 @@ class VirtualMemoryPool {
     void clear_unparkable(std::unique_lock<std::mutex>& lock, std::span<const ByteRange> parts);
     void collect_fences(const Extent& extent, std::vector<FencePtr>& fences) const;
 
+    // relocation.cpp
+    bool is_movable(const Extent& extent) const;
+
     // reclaim.cpp
     void retire(std::vector<ByteRange> parts, std::span<const Stream> streams, std::shared_ptr<ReleaseGate> gate);
+    void retire(RetireBatch batch);
     void settle_passed(bool on_worker = false);
     bool over_park_limit() const;
     Bytes park_limit() const;

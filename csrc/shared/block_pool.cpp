@@ -84,7 +84,7 @@ void BlockPool::allocate(std::span<BlockId> out, Stream stream) {
         const std::lock_guard lock(mutex_);
         AllocateOptions options;
         options.stream = stream;
-        options.extents.largest = layout_.extent;
+        options.extents = {.largest = layout_.extent, .exact = true};
         options.hand_over = &handed;
         return try_allocate(out, options);
     });

@@ -88,7 +88,8 @@ ExtentSizes SlotBlock::extents_for(Bytes end) const {
     if (layout_.largest_extent == 0) return {};
     const Bytes share = *align_up(end / extents_a_row, page_);
     return {.largest = std::min(layout_.largest_extent, std::max(share, pages_worth_an_extent * page_)),
-            .smallest = std::max(*align_up(end / last_extents_share, page_), page_)};
+            .smallest = std::max(*align_up(end / last_extents_share, page_), page_),
+            .exact = true};
 }
 
 void SlotBlock::grow(std::span<const RowTokens> rows, bool exact) { claim_rows(rows, exact); }

@@ -226,6 +226,37 @@ TEST_CASE("blocks take over extents of just their size", "[shared][handover][blo
     at.require_sound();
 }
 
+TEST_CASE("a limit of extents takes what fits beneath it, exact sizes just those", "[shared][handover]") {
+    for (const bool exact : {false, true}) {
+        CAPTURE(exact);
+        Givers at(20);
+        at.leave_idle(0, {2, 4, 3, 5, 6});
+        AllocateOptions options;
+        options.extents = {.largest = 4 * at.page, .exact = exact};
+        const std::uint64_t created = at.calls(1, DriverCall::create);
+        const Address got = at.models[1]->allocate(12 * at.page, options);
+        CHECK(at.is_zero(got, 12 * at.page));
+        // 2, 4 and 3 of the 12 pages, or the one of 4.
+        CHECK(at.received(1) == (exact ? 4U : 9U));
+        CHECK(at.calls(1, DriverCall::create) - created == (exact ? 2U : 1U));
+        at.require_sound();
+        at.finish();
+    }
+}
+
+TEST_CASE("what is made beside handed extents keeps to the limit", "[shared][handover]") {
+    Givers at(24);
+    at.leave_idle(0, {3, 2});
+    AllocateOptions options;
+    options.extents.largest = 4 * at.page;
+    const Address got = at.models[1]->allocate(22 * at.page, options);
+    CHECK(at.is_zero(got, 22 * at.page));
+    CHECK(at.received(1) == 3);  // which is what the limit lacks
+    CHECK(at.models[1]->stats().extents == 6);
+    at.require_sound();
+    at.finish();
+}
+
 TEST_CASE("pools on drivers of their own exchange no handles", "[shared][handover]") {
     const auto host = std::make_shared<HostDriver>();
     const Bytes page = host->capabilities().granularity;
@@ -302,7 +333,7 @@ TEST_CASE("property: at random, memory that changes hands is scrubbed, charged a
                 } else if (random.one_in(2) || held[who].empty()) {
                     const Bytes size = 1 + random.below(random.one_in(4) ? 40 * at.page : 8 * at.page);
                     AllocateOptions options;
-                    if (random.one_in(4)) options.extents.largest = 3 * at.page;
+                    if (random.one_in(4)) options.extents = {.largest = 3 * at.page, .exact = random.one_in(2)};
                     const Address address = model.allocate(size, options);
                     const ByteRange pages = align_outward({address, address + size}, at.page);
                     at.settle();
