@@ -19,9 +19,9 @@ from elastikv.hf.views import logger
 if TYPE_CHECKING:
     from elastikv.hf.slots import Slots
 
-#: Attention's cost follows from the longest row that it is told of (a third beyond the truth cost 9 % on an H100, an
-#: eighth 1 to 2 %), so graphs are by classes of it: this, then powers of two and the middles between them, from FINE_FROM
-#: on eighths, as a capture costs a row of so many tokens nothing that one can see.
+#: Attention's cost follows from the longest row that it is told of (a half beyond the truth cost 9 % on an H100, an
+#: eighth 1 to 2 %), so graphs are by classes of it: this, then powers of two and the middles between them, and from
+#: FINE_FROM on eighths, as a capture costs a row of so many tokens nothing that one can see.
 SMALLEST_CLASS = 1024
 FINE_FROM = 8192
 #: The host runs at most so many steps ahead of the device.
