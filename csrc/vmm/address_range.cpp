@@ -24,7 +24,9 @@ AddressRange::~AddressRange() {
 
 void AddressRange::remember(const std::shared_ptr<FormerPlace>& place) {
     const std::lock_guard lock(mutex_);
-    std::erase_if(former_places_, [](const auto& each) { return each.expired(); });
+    if (former_places_.size() == former_places_.capacity()) {  // not each time, as there may be thousands
+        std::erase_if(former_places_, [](const auto& each) { return each.expired(); });
+    }
     former_places_.push_back(place);
 }
 
