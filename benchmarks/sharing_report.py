@@ -21,6 +21,8 @@ def print_tables(result: dict[str, Any]) -> None:
     print(f"{result['bytes'] / 2**30:.3g} GiB idle in A, asked for by B:")
     for way, row in result["ways"].items():
         calls = {**row.get("calls_ms", {}), "scrub": row["usable_ms"] - row["ms"]}
+        if "outside_ms" in row:
+            calls["outside"] = row["outside_ms"]
         parts = ", ".join(f"{call} {time:.2f}" for call, time in calls.items())
         if "received" in row:
             parts += f"; {100 * row['received']:.0f} % handed over"

@@ -9,7 +9,8 @@ lies in extents as it would come: of open-ended growth, of the heap's and block 
 a page, which nothing in elastikv makes by itself and which shows what a handle costs. `other process`: A is in one.
 
 Of extents that A hands over as they are (`received`, a share of what B gets) nothing is released or created: within a
-process it is unmap, map and set_access, to another process all five. `scrub` is what is left once B has the memory.
+process it is map and set_access, and unmap once B has the memory; from another process all five. `scrub` is what is
+left once B has the memory; `outside`, for another process, is what B waited beyond all calls of both.
 bench_hand_over has what these calls cost by the size of a handle.
 """
 
@@ -170,7 +171,8 @@ def from_other_process(device: str, size: int, rounds: int = 5) -> dict[str, Any
                 pool.trim()
         finally:
             other.communicate(timeout=30)
-    return found(extents, asked, usable, calls, 0.0)
+    outside = [had * 1e3 - sum(each.values()) for had, each in zip(asked, calls.rounds)]
+    return {**found(extents, asked, usable, calls, 0.0), "outside_ms": statistics.median(outside)}
 
 
 def main() -> int:

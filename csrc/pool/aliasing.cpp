@@ -84,7 +84,8 @@ Bytes VirtualMemoryPool::carry_out(const AliasPlan& plan, const AllocateOptions&
             undo(fresh);
             return lacking;
         }
-        busy = std::any_of(fresh.begin(), fresh.end(), [](const Extent& extent) { return !extent.clean.empty(); });
+        const Status made = try_scrub(fresh, busy);
+        if (!made.ok()) throw CudaError(made, "scrubbing new memory");
         plan.copied.for_each(everywhere, [&](ByteRange part) {
             order_after_earlier_users(part, options.stream);
             prepare_kept_extents(part, options, busy, scrubbed);
@@ -109,6 +110,7 @@ Bytes VirtualMemoryPool::carry_out(const AliasPlan& plan, const AllocateOptions&
     }
     table_.claim(plan.target);
     note_peaks();
+    if (!former_places_.empty()) worker_.wake();
     return 0;
 }
 

@@ -31,7 +31,8 @@ Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const Al
             want(parts, std::max(lacking, missing), options);
             return std::max(lacking, missing);
         }
-        for (const Extent& extent : fresh) zeroed |= !extent.clean.empty() && !driver_->capabilities().fresh_is_zero;
+        const Status scrubbed_new = try_scrub(fresh, zeroed);
+        if (!scrubbed_new.ok()) throw CudaError(scrubbed_new, "scrubbing new memory");
         for (const ByteRange& part : parts) {
             order_after_earlier_users(part, options.stream);
             prepare_kept_extents(part, options, zeroed, scrubbed);
@@ -62,7 +63,9 @@ Bytes VirtualMemoryPool::try_allocate(std::span<const ByteRange> parts, const Al
     }
     for (const ByteRange& part : parts) table_.claim(part);
     note_peaks();
-    return 0;  // nobody waits for the end of scrubbing: who gives an extent back looks for it
+    // Nobody waits for the end of scrubbing: who gives an extent back looks for it.
+    if (!former_places_.empty()) worker_.wake();
+    return 0;
 }
 
 Bytes VirtualMemoryPool::try_fill_gaps(ByteRange pages, const AllocateOptions& options, std::vector<Extent>& fresh) {
@@ -125,8 +128,7 @@ Bytes VirtualMemoryPool::try_fill_gap(ByteRange gap, const AllocateOptions& opti
     for (Bytes at = gap.begin; at < rest.begin;) {
         auto physical = options.hand_over->next(rest.begin - at);
         const ByteRange range{at, at + physical->size()};
-        const Status status = try_make_extent(range, /*zero=*/true, fresh, std::move(physical));
-        if (status.call == DriverCall::zero) throw CudaError(status, "scrubbing what another owner gave up");
+        const Status status = try_make_extent(range, /*clean=*/true, fresh, std::move(physical));
         if (!status.ok()) throw MappingFailed(status, range);
         fresh.back().fixed = options.extents.largest > 0;
         at = range.end;
@@ -141,15 +143,17 @@ Bytes VirtualMemoryPool::try_fill_with_new(ByteRange gap, const AllocateOptions&
     for (const Bytes end : {far_end, gap.end}) {
         const ByteRange range{gap.begin, end};
         if (!try_charge(range.size(), options.grant)) continue;
-        const bool zero = options_.scrub_fresh || options.zero;
-        const Status status = try_make_extent(range, zero, fresh);
+        const bool clean = options_.scrub_fresh || options.zero;
+        const Status status = try_make_extent(range, clean, fresh);
         if (status.ok()) {
             fresh.back().fixed = options.extents.largest > 0;
             return 0;
         }
         if (status.code == StatusCode::out_of_memory && status.call == DriverCall::create) continue;
-        if (status.call == DriverCall::map || status.call == DriverCall::set_access) throw MappingFailed(status, range);
-        throw CudaError(status, "making an extent of " + format_bytes(range.size()));
+        if (status.call == DriverCall::create) {
+            throw CudaError(status, "making an extent of " + format_bytes(range.size()));
+        }
+        throw MappingFailed(status, range);
     }
     return gap.size();
 }
@@ -169,9 +173,10 @@ Bytes VirtualMemoryPool::open_ended_end(ByteRange gap, const AllocateOptions& op
     return table_.gap_end(gap.end, ahead < limit - gap.end ? gap.end + ahead : limit);
 }
 
-// On new memory, or on what was handed over. The bytes are charged already. After a failure they are refunded, or,
-// where the driver would not take back what was made so far, the extent is kept as a parked one and the charge with it.
-Status VirtualMemoryPool::try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh,
+// On new memory, or on what was handed over; with `clean` it is to go through try_scrub. The bytes are charged already.
+// After a failure they are refunded, or, where the driver would not take back what was made so far, the extent is kept
+// as a parked one and the charge with it.
+Status VirtualMemoryPool::try_make_extent(ByteRange range, bool clean, std::vector<Extent>& fresh,
                                           std::shared_ptr<PhysicalExtent> handed) {
     Observed observed(EventKind::growth, options_.name);
     const bool fresh_is_zero = driver_->capabilities().fresh_is_zero;
@@ -185,23 +190,39 @@ Status VirtualMemoryPool::try_make_extent(ByteRange range, bool zero, std::vecto
             return physical.status();
         }
         handed = std::move(physical.value());
+    } else if (handed->former_place()) {
+        former_places_.push_back(handed->former_place());
     }
     extent.mapping = std::make_unique<Mapping>(range_, std::move(handed), range.begin);
-    Status status = extent.mapping->try_make_accessible();
-    if (status.ok() && zero && !fresh_is_zero) {
-        status = driver_->zero(extent.mapping->address(), range.size());
-        if (status.ok()) extent.foreign = false;
-    }
+    const Status status = extent.mapping->try_make_accessible();
     if (!status.ok()) {
         discard(std::move(extent));
         return status;
     }
-    if (zero || fresh_is_zero) extent.clean = range;
+    if (clean || fresh_is_zero) extent.clean = range;
     fresh.push_back(std::move(extent));
     Bytes physical_bytes = table_.totals().physical();
     for (const Extent& each : fresh) physical_bytes += each.range.size();
     observed.done(range.size(), physical_bytes);
     return status;
+}
+
+// Zeroes those that are to be clean, neighbours by one call, and says in `zeroed` whether there were any.
+Status VirtualMemoryPool::try_scrub(std::vector<Extent>& fresh, bool& zeroed) noexcept {
+    if (driver_->capabilities().fresh_is_zero) return Status::success();
+    for (auto first = fresh.begin(); first != fresh.end();) {
+        auto last = first;
+        ByteRange run = first->clean;
+        while (++last != fresh.end() && !run.empty() && last->clean.begin == run.end) run.end = last->clean.end;
+        if (!run.empty()) {
+            zeroed = true;
+            const Status status = driver_->zero(base_address() + run.begin, run.size());
+            if (!status.ok()) return status;
+            std::for_each(first, last, [](Extent& extent) { extent.foreign = false; });
+        }
+        first = last;
+    }
+    return Status::success();
 }
 
 // Idle pages that are taken up again: makes them accessible, orders scrubbing after their last users, and scrubs.

@@ -11,9 +11,10 @@
 
 namespace elastikv {
 
-// What others give up for one request, between their unmapping it and the request's mapping it. It is charged to the
-// request's budget throughout. The content is its last owner's, so the request scrubs it as it would scrub new memory.
-// What the request has not taken in the end goes back to the device. Owned by the request; not thread safe.
+// What others give up for one request, between their leaving it and the request's mapping it. It is charged to the
+// request's budget throughout, and may still be mapped where it was (see FormerPlace). The content is its last owner's,
+// so the request scrubs it as it would scrub new memory. What the request has not taken in the end goes back to the
+// device. Owned by the request; not thread safe.
 class HandOver {
   public:
     // For a pool on `driver`, which draws on `budget` (or on none) and maps pages of `page` bytes. Extents below
@@ -26,10 +27,13 @@ class HandOver {
     // An attempt lacked `total` bytes, in gaps of at most `largest`; with `exact` in extents of just that size.
     void want(Bytes total, Bytes largest, bool exact) noexcept;
 
-    // For the one who gives: takes over the extent, which is mapped nowhere and that no work and no other process can
-    // touch any more, with its charge. False, and nothing has changed, where it does not suit or its charge can't be
-    // passed on.
+    // For the one who gives: takes over the extent, which no work and no other process can touch any more, with its
+    // charge. False, and nothing has changed, where it does not suit or its charge can't be passed on.
     bool try_take(Budget* giver, const MeteredDriver& driver, const std::shared_ptr<PhysicalExtent>& extent) noexcept;
+
+    // For the one who waits while others give back to the device: makes extents of what could be charged by now, so
+    // that creating need not wait for the last byte. Only for a single gap, or for extents of one size.
+    void make_ahead();
 
     // For the one who asked: how much of a gap the extents here fill, and the first of those, the largest first. With
     // what is left of that much, next() gives the others.
@@ -46,6 +50,9 @@ class HandOver {
 
   private:
     bool suits(Bytes size) const noexcept;
+    Bytes size_ahead() const noexcept;
+    bool try_make_place() noexcept;
+    void add(std::shared_ptr<PhysicalExtent> extent) noexcept;
 
     const MeteredDriverPtr driver_;
     const std::shared_ptr<Budget> budget_;

@@ -1,5 +1,6 @@
 // VirtualMemoryPool: releasing memory, reclaiming it, and what the worker does.
 #include <algorithm>
+#include <new>
 #include <utility>
 
 #include "base/events.h"
@@ -136,8 +137,9 @@ std::optional<Bytes> VirtualMemoryPool::try_give_back(Extent& extent, HandOver* 
     const Bytes size = extent.cost();
     const bool releases = !extent.shared();
     Observed observed(EventKind::reclaim, options_.name);
-    Status status = extent.mapping->try_unmap();
-    const bool handed = status.ok() && to != nullptr && try_hand_over(extent, *to);
+    const bool handed = to != nullptr && try_hand_over(extent, *to);
+    Status status;
+    if (!handed) status = extent.mapping->try_unmap();
     if (status.ok() && releases && !handed) status = extent.mapping->extent().try_release();
     if (!status.ok()) {
         ++reclaims_refused_;
@@ -149,12 +151,36 @@ std::optional<Bytes> VirtualMemoryPool::try_give_back(Extent& extent, HandOver* 
     return size;
 }
 
-// Of an idle extent that was unmapped. What other processes may have mapped, or what may still be mapped at a place
-// that the driver would not unmap, must not become anyone else's.
+// Of an idle extent, which leaves a former place behind. What other processes may have mapped, or what may still be
+// mapped at a place that the driver would not unmap, must not become anyone else's.
 bool VirtualMemoryPool::try_hand_over(Extent& extent, HandOver& to) noexcept {
     const bool elsewhere = extent.places && (extent.places->count > 1 || extent.places->lost);
     if (extent.exported || extent.spilled || elsewhere) return false;
-    return to.try_take(budget_.get(), *driver_, extent.mapping->shared_extent());
+    if (!extent.mapping->extent().try_end_former_place().ok()) return false;
+    try {
+        auto place = extent.mapping->make_former_place();
+        if (!to.try_take(budget_.get(), *driver_, extent.mapping->shared_extent())) return false;
+        extent.mapping->leave(std::move(place));
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
+    return true;
+}
+
+// Where extents that changed hands and came here are still mapped, too. Lets the lock go around each. What the driver
+// refuses is tried again with the worker's next turn.
+void VirtualMemoryPool::end_former_places(std::unique_lock<std::mutex>& lock) {
+    while (!former_places_.empty()) {
+        const std::shared_ptr<FormerPlace> place = former_places_.back();
+        lock.unlock();
+        const Status status = place->try_end();
+        lock.lock();
+        if (!status.ok()) {
+            ++reclaims_refused_;
+            return;
+        }
+        std::erase(former_places_, place);
+    }
 }
 
 // For an extent that has no place in the books any more. What the driver refuses twice is never tried again and stays
@@ -236,6 +262,7 @@ void VirtualMemoryPool::drain() {
         for (const FencePtr& fence : fences) (void)fence->try_wait();
         lock.lock();
     }
+    end_former_places(lock);
     give_back_excess();
 }
 
@@ -280,7 +307,8 @@ bool VirtualMemoryPool::work_step() {
         lock.unlock();
         lock.lock();
     }
-    return !retiring_.empty() || !scrubbing_.empty();
+    end_former_places(lock);
+    return !retiring_.empty() || !scrubbing_.empty() || !former_places_.empty();
 }
 
 bool VirtualMemoryPool::is_welcome(const Prefetch& wanted) const {
@@ -299,24 +327,25 @@ void VirtualMemoryPool::run_prefetch(const Prefetch& wanted) {
     }
     for (const ByteRange& gap : table_.gaps(wanted.pages)) {
         std::vector<Extent> fresh;
-        if ((budget_ && !budget_->try_charge(gap.size())) || !try_make_extent(gap, options_.scrub_fresh, fresh).ok()) {
+        const bool made =
+            (!budget_ || budget_->try_charge(gap.size())) && try_make_extent(gap, options_.scrub_fresh, fresh).ok();
+        bool scrubs = false;
+        bool ready = made && try_scrub(fresh, scrubs).ok();
+        Result<FencePtr> fence = FencePtr();
+        if (ready && scrubs && driver_->capabilities().asynchronous) {
+            fence = RecordedFence::try_record(driver_, driver_->service_stream());
+            ready = fence.ok();
+        }
+        if (!ready) {
+            undo(fresh);
             ++prefetches_dropped_;
             return;
         }
         Extent& extent = fresh.front();
         extent.ahead = !wanted.spare;
         extent.fixed = wanted.spare;
-        const bool scrubs = options_.scrub_fresh && !driver_->capabilities().fresh_is_zero;
-        if (scrubs && driver_->capabilities().asynchronous) {
-            auto fence = RecordedFence::try_record(driver_, driver_->service_stream());
-            if (!fence.ok()) {
-                undo(fresh);
-                ++prefetches_dropped_;
-                return;
-            }
-            extent.zeroing = fence.value();
-            scrubbing_.emplace_back(extent.range.begin, extent.zeroing);
-        }
+        extent.zeroing = fence.value();
+        if (extent.zeroing) scrubbing_.emplace_back(extent.range.begin, extent.zeroing);
         table_.insert(std::move(extent));
         note_peaks();
     }
@@ -356,6 +385,7 @@ void VirtualMemoryPool::release_everything() noexcept {
     table_.settle({0, capacity()}, any_batch);
     retiring_.clear();
     give_back_parked(capacity());
+    former_places_.clear();  // ended with their extents, or kept by what the driver refused
 }
 
 }  // namespace elastikv

@@ -113,8 +113,8 @@ Bytes VirtualMemoryPool::try_make(Waking& waking, Grant* grant) {
         Status status;
         for (const ByteRange& gap : table_.gaps(item.run.pages)) {
             if (!try_charge(gap.size(), grant)) status = {StatusCode::out_of_memory, DriverCall::create, 0};
-            const bool zero = !item.run.backup->kept() && options_.scrub_fresh;
-            if (status.ok()) status = try_make_extent(gap, zero, waking.fresh);
+            const bool clean = !item.run.backup->kept() && options_.scrub_fresh;
+            if (status.ok()) status = try_make_extent(gap, clean, waking.fresh);
             if (!status.ok()) break;
             waking.fresh.back().fixed = item.run.fixed;
         }
@@ -124,10 +124,13 @@ Bytes VirtualMemoryPool::try_make(Waking& waking, Grant* grant) {
         if (status.ok()) continue;
         undo(waking);
         if (status.code == StatusCode::out_of_memory && status.call == DriverCall::create) return missing;
-        if (status.call == DriverCall::map || status.call == DriverCall::set_access) {
-            throw MappingFailed(status, item.run.pages);
-        }
-        throw CudaError(status, "making memory for what was paused");
+        if (status.call == DriverCall::create) throw CudaError(status, "making memory for what was paused");
+        throw MappingFailed(status, item.run.pages);
+    }
+    bool zeroed = false;
+    if (const Status status = try_scrub(waking.fresh, zeroed); !status.ok()) {
+        undo(waking);
+        throw CudaError(status, "scrubbing memory for what was paused");
     }
     map_shared(waking);
     return 0;

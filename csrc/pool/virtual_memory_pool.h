@@ -253,8 +253,9 @@ class VirtualMemoryPool {
     void claim_in_line(std::span<const ByteRange> parts, AllocateOptions options,
                        const std::function<Bytes(const AllocateOptions&)>& attempt, Bytes lacking);
     Bytes open_ended_end(ByteRange gap, const AllocateOptions& options) const;
-    Status try_make_extent(ByteRange range, bool zero, std::vector<Extent>& fresh,
+    Status try_make_extent(ByteRange range, bool clean, std::vector<Extent>& fresh,
                            std::shared_ptr<PhysicalExtent> handed = nullptr);
+    Status try_scrub(std::vector<Extent>& fresh, bool& zeroed) noexcept;
     void prepare_kept_extents(ByteRange bytes, const AllocateOptions& options, bool& zeroed,
                               std::vector<Extent*>& scrubbed);
     void order_after_earlier_users(ByteRange bytes, Stream stream);
@@ -290,6 +291,7 @@ class VirtualMemoryPool {
     Bytes give_back_excess();
     std::optional<Bytes> try_give_back(Extent& extent, HandOver* to = nullptr) noexcept;
     bool try_hand_over(Extent& extent, HandOver& to) noexcept;
+    void end_former_places(std::unique_lock<std::mutex>& lock);
     void give_back_unparkable(bool on_worker);
     bool try_give_up(Extent extent) noexcept;
     void discard(Extent extent) noexcept;
@@ -345,6 +347,7 @@ class VirtualMemoryPool {
     bool moving_ = false;                  // a pause or a resume copies, without the lock
     std::condition_variable moved_;
     std::vector<std::pair<Bytes, FencePtr>> scrubbing_;  // extents, by begin, that the service stream may still touch
+    std::vector<std::shared_ptr<FormerPlace>> former_places_;  // of extents from other pools, for the worker to end
     std::deque<Prefetch> prefetches_;
     std::atomic<bool> closed_{false};  // also read without the lock
     Bytes park_limit_;

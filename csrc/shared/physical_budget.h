@@ -54,7 +54,8 @@ class PhysicalBudget : public std::enable_shared_from_this<PhysicalBudget> {
   private:
     PhysicalBudget() = default;
     void serve(const LedgerRequest& request) noexcept;
-    Bytes ask_others(Account& asker, Bytes wanted, std::uint32_t what, std::chrono::steady_clock::time_point until);
+    Bytes ask_others(Account& asker, Bytes wanted, std::uint32_t what, std::chrono::steady_clock::time_point until,
+                     HandOver* handed);
 
     const ProcessGuard process_;
     std::shared_ptr<Ledger> ledger_;

@@ -11,6 +11,11 @@ SharedMemoryPool::SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolO
         throw InvalidArgument("physical_limit " + std::to_string(physical_limit) + " is below one page, which is " +
                               format_bytes(options_.page_size));
     }
+    MemoryInfo device;
+    if (driver_->memory_info(device).ok() && physical_limit > device.total) {
+        throw InvalidArgument("physical_limit " + format_bytes(physical_limit) + " is above what " +
+                              device_name(driver_->capabilities()) + " has, " + format_bytes(device.total));
+    }
     budget_ = name_.empty() ? std::make_shared<PhysicalBudget>(physical_limit)
                             : PhysicalBudget::join(name_, physical_limit, driver_->capabilities());
     options_.pinned = std::make_shared<PinnedBuffers>(driver_);

@@ -43,8 +43,8 @@ struct ModelMemory {
 class SharedMemoryPool {
   public:
     // No memory, no addresses yet. With a name, the limit is that of a ledger which all processes of this user that
-    // give the same name draw on; it lives until the last of them is gone. Throws InvalidArgument (a limit below one
-    // page, a bad name, another limit than the ledger's), InvalidPageSize, LedgerError.
+    // give the same name draw on; it lives until the last of them is gone. Throws InvalidArgument (a limit below a page
+    // or above the device, a bad name, another limit than the ledger's), InvalidPageSize, LedgerError.
     SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolOptions options = {}, std::string name = "");
 
     // `park_limit` replaces the pool's for this model. Throws ModelAlreadyExists, InvalidArgument (an empty id, a quota

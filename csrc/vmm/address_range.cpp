@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "vmm/former_place.h"
+
 namespace elastikv {
 
 Result<std::shared_ptr<AddressRange>> AddressRange::try_reserve(MeteredDriverPtr driver, Bytes size, Bytes alignment) {
@@ -18,6 +20,27 @@ AddressRange::~AddressRange() {
     const auto freed = [this] { return driver_->free_addresses(base_, size_).ok(); };
     if (freed() || freed()) return;  // NOLINT(misc-redundant-expression): tried twice, as no one else can try again
     driver_->abandon(size_);
+}
+
+void AddressRange::remember(const std::shared_ptr<FormerPlace>& place) {
+    const std::lock_guard lock(mutex_);
+    if (former_places_.size() == former_places_.capacity()) {  // not each time, as there may be thousands
+        std::erase_if(former_places_, [](const auto& each) { return each.expired(); });
+    }
+    former_places_.push_back(place);
+}
+
+Status AddressRange::try_clear(Address address, Bytes size) noexcept {
+    Status status;
+    const std::lock_guard lock(mutex_);
+    std::erase_if(former_places_, [&](const std::weak_ptr<FormerPlace>& each) {
+        const auto place = each.lock();
+        if (!place) return true;
+        if (!status.ok() || !place->overlaps(address, size)) return false;
+        status = place->try_end();
+        return status.ok();
+    });
+    return status;
 }
 
 }  // namespace elastikv

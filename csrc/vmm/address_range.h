@@ -2,12 +2,16 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
+#include <vector>
 
 #include "driver/metered_driver.h"
 
 namespace elastikv {
 
-// Owns the reservation and gives it back when the last holder (a pool, a Mapping) is gone. Immutable, so thread safe.
+class FormerPlace;
+
+// Owns the reservation and gives it back when the last holder (a pool, a Mapping, a FormerPlace) is gone. Thread safe.
 class AddressRange {
   public:
     static Result<std::shared_ptr<AddressRange>> try_reserve(MeteredDriverPtr driver, Bytes size, Bytes alignment);
@@ -19,12 +23,19 @@ class AddressRange {
     Bytes size() const { return size_; }
     VmmDriver& driver() const { return *driver_; }
 
+    // The place, which is in this range, is ended before anything else is mapped there. Throws std::bad_alloc.
+    void remember(const std::shared_ptr<FormerPlace>& place);
+    // Ends what former places there are in [address, address + size). After a failure some may be left.
+    Status try_clear(Address address, Bytes size) noexcept;
+
   private:
     AddressRange(MeteredDriverPtr driver, Address base, Bytes size);
 
     MeteredDriverPtr driver_;
     Address base_;
     Bytes size_;
+    std::mutex mutex_;  // held while places are ended
+    std::vector<std::weak_ptr<FormerPlace>> former_places_;
 };
 
 }  // namespace elastikv

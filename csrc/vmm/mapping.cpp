@@ -13,7 +13,8 @@ Mapping::~Mapping() { (void)try_unmap(); }
 
 Status Mapping::try_map() noexcept {
     if (mapped_) return Status::success();
-    const Status status = range_->driver().map(address(), size(), extent_->handle());
+    Status status = range_->try_clear(address(), size());
+    if (status.ok()) status = range_->driver().map(address(), size(), extent_->handle());
     if (status.ok()) mapped_ = true;
     return status;
 }
@@ -35,6 +36,18 @@ Status Mapping::try_unmap() noexcept {
     const Status status = range_->driver().unmap(address(), size());
     if (status.ok()) mapped_ = accessible_ = false;
     return status;
+}
+
+std::shared_ptr<FormerPlace> Mapping::make_former_place() const {
+    if (!mapped_) return nullptr;
+    auto place = std::make_shared<FormerPlace>(range_, address(), size());
+    range_->remember(place);
+    return place;
+}
+
+void Mapping::leave(std::shared_ptr<FormerPlace> place) noexcept {
+    extent_->set_former_place(std::move(place));
+    mapped_ = accessible_ = false;
 }
 
 Status Mapping::try_widen_access() noexcept { return range_->driver().set_access(address(), size()); }

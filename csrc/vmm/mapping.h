@@ -27,6 +27,11 @@ class Mapping {
     // Both, as far as they are lacking.
     Status try_make_accessible() noexcept;
     Status try_unmap() noexcept;
+    // For an extent that goes to another owner: what it then leaves behind, to be given to leave(). Null where it is
+    // not mapped. Throws std::bad_alloc.
+    std::shared_ptr<FormerPlace> make_former_place() const;
+    // From now on the place keeps the addresses, and the extent the place.
+    void leave(std::shared_ptr<FormerPlace> place) noexcept;
     // Gives access to devices that were allowed since. Must be accessible.
     Status try_widen_access() noexcept;
 

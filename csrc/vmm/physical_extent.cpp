@@ -39,10 +39,18 @@ PhysicalExtent::~PhysicalExtent() {
 
 Status PhysicalExtent::try_release() noexcept {
     if (!owned_) return Status::success();
-    const Status status = driver_->release(handle_);
+    Status status = try_end_former_place();
+    if (status.ok()) status = driver_->release(handle_);
     if (!status.ok()) return status;
     owned_ = false;
     if (counted_) driver_->note_released(size_);
+    return status;
+}
+
+Status PhysicalExtent::try_end_former_place() noexcept {
+    if (!former_place_) return Status::success();
+    const Status status = former_place_->try_end();
+    if (status.ok()) former_place_.reset();
     return status;
 }
 

@@ -5,6 +5,7 @@
 
 #include "base/unique_fd.h"
 #include "driver/metered_driver.h"
+#include "vmm/former_place.h"
 
 namespace elastikv {
 
@@ -22,12 +23,18 @@ class PhysicalExtent {
     PhysicalExtent(const PhysicalExtent&) = delete;
     PhysicalExtent& operator=(const PhysicalExtent&) = delete;
 
-    // After ok the object is empty; after a failure it still owns the memory.
+    // After ok the object is empty; after a failure it still owns the memory. Its former place ends first.
     Status try_release() noexcept;
     // Gives the handle up without releasing it, and counts it as abandoned. For an owner whose ledger keeps it charged.
     void abandon() noexcept;
     // From now on `driver`, which is over the same one as its own, accounts for it: as received here, released there.
     void pass_to(MeteredDriverPtr driver) noexcept;
+
+    // Where it was mapped before it changed hands, and may be yet; null where it did not.
+    const std::shared_ptr<FormerPlace>& former_place() const noexcept { return former_place_; }
+    // For one that has none, or whose last one has ended.
+    void set_former_place(std::shared_ptr<FormerPlace> place) noexcept { former_place_ = std::move(place); }
+    Status try_end_former_place() noexcept;
 
     Result<UniqueFd> try_export() const noexcept;
 
@@ -41,6 +48,7 @@ class PhysicalExtent {
     ExtentHandle handle_;
     Bytes size_;
     bool owned_ = true;
+    std::shared_ptr<FormerPlace> former_place_;
     bool counted_ = true;  // as the device's memory that was created, and is released
 };
 

@@ -171,7 +171,7 @@ TEST_CASE("a text that names no device is refused", "[bad_input][devices]") {
     }
 }
 
-TEST_CASE("a shared limit below one page is refused", "[shared][bad_input]") {
+TEST_CASE("a shared limit below one page or above the device is refused", "[shared][bad_input]") {
     const auto host = std::make_shared<HostDriver>();
     const Bytes page = host->capabilities().granularity;
     CHECK_THROWS_AS(SharedMemoryPool(0, host), InvalidArgument);
@@ -179,6 +179,11 @@ TEST_CASE("a shared limit below one page is refused", "[shared][bad_input]") {
     CHECK_THROWS_AS(SharedMemoryPool(page, host, {.page_size = 2 * page}), InvalidArgument);
     const SharedMemoryPool smallest(page, host);
     CHECK(smallest.global_stats().available == page);
+    MemoryInfo device;
+    REQUIRE(host->memory_info(device).ok());
+    CHECK_THROWS_WITH(SharedMemoryPool(device.total + 1, host),
+                      Catch::Matchers::ContainsSubstring("is above what cpu has"));
+    CHECK_NOTHROW(SharedMemoryPool(device.total, host));
 }
 
 TEST_CASE("unknown and duplicate models are refused, and the message says which there are", "[shared][bad_input]") {

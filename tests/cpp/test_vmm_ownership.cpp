@@ -206,5 +206,54 @@ TEST_CASE("the meter counts calls, failures and time by kind, and an answer is n
     REQUIRE(at.driver->destroy_fence(fence).ok());
 }
 
+TEST_CASE("a place that an extent has left ends before other memory is mapped there, or the extent goes", "[vmm]") {
+    for (const bool by_growth : {false, true}) {
+        CAPTURE(by_growth);
+        Fixture at;
+        auto former = at.range(4);
+        auto extent = at.extent(2);
+        {
+            Mapping left(former, extent, at.page);
+            CHECK(left.make_former_place() == nullptr);
+            REQUIRE(left.try_make_accessible().ok());
+            left.leave(left.make_former_place());
+            CHECK_FALSE(left.mapped());
+        }
+        Mapping elsewhere(at.range(2), extent, 0);
+        REQUIRE(elsewhere.try_make_accessible().ok());
+        CHECK(at.host->live_mappings() == 2);
+        Mapping beside(former, at.extent(1), 0);
+        REQUIRE(beside.try_map().ok());
+        CHECK(at.host->live_mappings() == 3);
+
+        at.faults->fail_nth(1, DriverCall::unmap);
+        Mapping over(former, at.extent(1), 2 * at.page);
+        CHECK((by_growth ? over.try_map() : extent->try_release()).call == DriverCall::unmap);
+        CHECK(at.host->live_mappings() == 3);
+        REQUIRE((by_growth ? over.try_map() : extent->try_release()).ok());
+        CHECK(at.host->live_mappings() == (by_growth ? 3 : 2));
+        // Once is enough, whoever asks next.
+        REQUIRE(extent->try_end_former_place().ok());
+        REQUIRE(extent->try_release().ok());
+        CHECK(at.driver->table()[static_cast<std::size_t>(DriverCall::unmap)].count == 2);
+    }
+}
+
+TEST_CASE("a place keeps its range until it ends, and no longer", "[vmm]") {
+    Fixture at;
+    auto extent = at.extent(1);
+    {
+        Mapping left(at.range(1), extent, 0);
+        REQUIRE(left.try_make_accessible().ok());
+        left.leave(left.make_former_place());
+    }
+    CHECK(at.host->live_reservations() == 1);
+    const auto place = extent->former_place();
+    REQUIRE(place->try_end().ok());
+    CHECK(at.host->live_reservations() == 0);
+    extent.reset();
+    require_nothing_left(*at.host);
+}
+
 }  // namespace
 }  // namespace elastikv::testing

@@ -119,6 +119,11 @@ def test_limit_below_one_page(device, page_size):
         elastikv.SharedMemoryPool(page_size - 1, device)
 
 
+def test_limit_above_the_device(device):
+    with pytest.raises(elastikv.InvalidArgument, match="is above what"):
+        elastikv.SharedMemoryPool(1 << 50, device)
+
+
 def test_double_free(shared, model, page_size):
     offset = shared.allocate_for_model("model", page_size) - model.base_address
     shared.deallocate_for_model("model", offset, page_size)

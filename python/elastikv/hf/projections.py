@@ -16,7 +16,7 @@ class JoinedProjections:
     """The projections of a model's attentions read their weights in one go, from now until `undo`, or within it.
 
     The weights come to lie side by side, each still the parameter that it was, a view now: the model holds no more
-    memory than before, but for one layer's share while that one is moved. Values are the same to roundings of the dtype.
+    memory than before, but for one layer's share while that one is moved. Values are the same to its roundings.
     What is not made of three plain Linear layers of one input, or is quantized, hooked or offloaded, stays as it is;
     `len` says how many attentions take part. Works eagerly, in a graph, and compiled; for inference only. To be made
     before a graph is captured, and not to be undone beneath one. Not thread-safe: the model is one's own meanwhile.

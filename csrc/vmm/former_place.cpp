@@ -1,0 +1,13 @@
+#include "vmm/former_place.h"
+
+namespace elastikv {
+
+Status FormerPlace::try_end() noexcept {
+    const std::lock_guard lock(mutex_);
+    if (!range_) return Status::success();
+    const Status status = range_->driver().unmap(address_, size_);
+    if (status.ok()) range_.reset();
+    return status;
+}
+
+}  // namespace elastikv
