@@ -221,3 +221,44 @@ def test_a_section_that_is_not_there_is_refused_before_anything_runs(monkeypatch
     with pytest.raises(SystemExit):
         bench_vllm.main()
     assert "there is no section 'quartet'" in capsys.readouterr().err
+
+
+WORKER = """
+import json, pathlib, sys, time
+folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+order = json.loads((folder / f"{name}.order.json").read_text())
+(folder / f"{name}.ready").write_text("")
+found = []
+for number, task in enumerate(order["tasks"]):
+    assert task["do"] == "trace" and task["wait"]
+    while not (folder / f"task{number}.go").exists():
+        time.sleep(0.01)
+    arrived = [at for at, _, _ in task["arrivals"]]
+    wait = 0.1 if order["elastic"] else 0.1 * (number + 1) * order["options"]["kv_cache_memory_bytes"] / (4 << 30)
+    found.append({"arrived": arrived, "first": [wait] * len(arrived), "held": []})
+    (folder / f"{name}.done{number}").write_text("")
+(folder / f"{name}.result.json").write_text(json.dumps({"trace": found}))
+"""
+
+
+def test_parts_run_by_themselves_and_join(monkeypatch, tmp_path, capsys):
+    """The whole of it, with engines that only say that they served."""
+    import bench_vllm
+
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "vllm_worker.py").write_text(WORKER)
+    monkeypatch.setattr(bench_vllm, "HERE", scripts)
+    monkeypatch.setattr(bench_vllm, "version", lambda package: f"{package} 1")
+    work, results = tmp_path / "work", tmp_path / "results.json"
+    for sections in ("pair-static,pair-elastic", "trio-static", "trio-elastic", ""):
+        arguments = ["bench_vllm", "--sections", sections, "--work", str(work), "--json", str(results)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        bench_vllm.main()
+    result = json.loads(results.read_text())
+    assert result["vllm"] == "vllm 1" and "single" not in result
+    for group, share in (("pair", 2), ("trio", 3)):
+        for i, point in enumerate(result[group]):
+            assert point["static"]["p99"] == pytest.approx(0.1 * (i + 1) / share)
+            assert point["elastic"]["p99"] == 0.1 and point["elastic"]["requests"] == point["static"]["requests"] > 0
+    assert "three engines: 99% within 0.5 s up to 20 requests/s with thirds, 20" in capsys.readouterr().out
