@@ -95,10 +95,13 @@ class Tail:
         else:
             self.now["collect_ms"] += (time.perf_counter() - self.collecting) * 1e3
 
-    def _driver(self) -> tuple[int, float]:
-        """Calls of the engine's pool, its worker's too, and ms in them."""
-        made = self.memory.model.stats().driver_calls.values() if self.memory is not None else []
-        return sum(each.count for each in made), sum(each.nanoseconds for each in made) / 1e6
+    def _driver(self) -> tuple[int, float, int]:
+        """Calls of the engine's pool, its worker's too, ms in them, and extents that the step itself has mapped."""
+        if self.memory is None:
+            return 0, 0.0, 0
+        made = self.memory.model.stats().driver_calls.values()
+        calls, ms = sum(each.count for each in made), sum(each.nanoseconds for each in made) / 1e6
+        return calls, ms, self.memory.blocks.mapped_on_demand
 
     def begin(self) -> None:
         self.now = {"begin": time.perf_counter(), "schedule_ms": 0.0, "tokens": 0, "collect_ms": 0.0}
@@ -107,7 +110,8 @@ class Tail:
         """A step is over, and the next begins."""
         self.now["ms"] = (time.perf_counter() - self.now["begin"]) * 1e3
         before, self.driver = self.driver, self._driver()
-        self.now["driver_calls"], self.now["driver_ms"] = (now - then for now, then in zip(self.driver, before))
+        made = (now - then for now, then in zip(self.driver, before))
+        self.now["driver_calls"], self.now["driver_ms"], self.now["mapped_on_demand"] = made
         self.steps.append(self.now)
         self.begin()
 
