@@ -128,6 +128,25 @@ def test_steady_rounds_and_a_look_at_the_longest_steps():
     assert scheduler.schedule is schedule
 
 
+def test_a_sleep_amid_requests():
+    import vllm_worker
+
+    orders = []
+
+    def order(name, kind):
+        orders.append((kind, name, sorted(len(ids) for ids in worker.engine.running.values())))
+
+    worker = object.__new__(vllm_worker.Worker)
+    worker.engine, worker.number, worker.name = Instant(8), 0, "one"
+    worker.kv_bytes, worker.sampling = (lambda: 7), (lambda n: n)
+    worker.ledger = SimpleNamespace(
+        sleep=lambda name, pid: order(name, "sleep"), wake=lambda name, pid: order(name, "wake")
+    )
+    found = worker.sleep(requests=3, prompt=8, n=8)
+    assert (found["requests"], found["equal"], found["held"], found["left"]) == (3, 3, 7, 7)
+    assert orders == [("sleep", "one", [2, 2, 2]), ("wake", "one", [2, 2, 2])]
+
+
 def trace(waits):
     """A request each 100 ms."""
     return {
@@ -170,6 +189,9 @@ def test_report_of_parts(tmp_path, capsys):
     for name, idle in (("single-plain", 1 << 30), ("single-elastic", 48 << 20)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"one": {**one, "idle_at_start": idle}}))
 
+    slept = {"requests": 64, "equal": 64, "held": 1 << 31, "left": 0, "sleep_s": 1.0, "wake_s": 0.1}
+    (tmp_path / "sleep.json").write_text(json.dumps({"one": {"sleep": [slept]}}))
+
     result = json.loads(json.dumps(bench_vllm.collected(tmp_path)))
     until = bench_vllm.SPAN + bench_vllm.REST
     for group, engines in bench_vllm.ENGINES.items():
@@ -185,6 +207,7 @@ def test_report_of_parts(tmp_path, capsys):
 
     vllm_report.print_tables(result)
     printed = capsys.readouterr().out
+    assert "sleep amid 64 requests: 2048 MiB -> 0 MiB in 1.00 s" in printed
     assert "three engines: 99% within 0.5 s up to 5 requests/s with thirds, 20" in printed
     table = vllm_report.markdown(result)
     assert "within 0.5 s, static halves" in table and "static thirds" in table and "40.0%" in table

@@ -87,11 +87,11 @@ def test_as_plain_vllm(layout, ahead):
         engine.close()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_others_press_between_and_in_steps(seed):
+@pytest.mark.parametrize(("seed", "ahead"), [(0, 0), (1, 0), (2, 8192)])
+def test_others_press_between_and_in_steps(seed, ahead):
     """Another engine takes and frees as it likes, under a limit that is too small for both."""
     limit = 22 * 4096
-    engine, ours = elastic(120, "test-press", limit=limit)
+    engine, ours = elastic(120, "test-press", limit=limit, ahead=ahead)
     other = HostEngine(cache_config(120), "test-press", name="other", limit=limit)
     chance = random.Random(seed)
     held = []
