@@ -130,6 +130,12 @@ def print_tables(result: dict[str, Any]) -> None:
             f"{killed['other_served']} of {killed['other_asked']}, {killed['other_peak'] / MIB:.0f} MiB at most"
         )
 
+    if slept := result.get("sleep"):
+        held, left = (slept[name] / MIB for name in ("held", "left"))
+        print(
+            f"sleep amid {slept['requests']} requests: {held:.0f} MiB -> {left:.0f} MiB in {slept['sleep_s']:.2f} s, "
+            f"awake in {slept['wake_s']:.2f} s; {slept['equal']} have the tokens that they have without"
+        )
     if result.get("steps"):
         _print_steps(result["steps"])
 
@@ -232,6 +238,9 @@ def bars(result: dict[str, Any]) -> list[Bar]:
         over(f"{many}: p99 to the first token, times better than {shares} at best", best, 1.2)
         static, elastic = (points[-1][way]["within_slo"] for way in WAYS)
         over(f"{many}: requests in time at the highest load, against {shares}", elastic / max(static, 1e-9), 1.0)
+    if slept := result.get("sleep"):
+        over("requests with the same tokens after a sleep", slept["equal"], slept["requests"])
+        under("KV memory asleep, MiB", slept["left"] / MIB, 0)
     killed = result.get("kill")
     if killed:
         under("seconds until a killed engine's memory is free", killed["seconds"], 1)

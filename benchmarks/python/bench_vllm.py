@@ -9,6 +9,7 @@ pair    two engines with peaks one after the other: static halves of the KV memo
         time to the first token, and requests that have it in time, over load
 trio    the same with three engines and thirds
 kill    kill -9 of one of two engines under load: when its memory is the other's, and that the other goes on
+sleep   one engine, elastic: `elastikv sleep` and `wake` amid its requests; in no table of results
 steps   where a decode step's time goes, plain and elastic: methods and driver calls on the CPU, kernels on the GPU; in
         no table of results. bench_vllm_attention has attention alone, over other layouts
 
@@ -139,6 +140,10 @@ class Bench:
         tasks = [{"do": "steps", "requests": 128, "prompt": 512, "n": 256, "count": 100, "profile": 30}]
         self.finish(part, one=self.start(part, "one", tasks, elastic, {"gpu_memory_utilization": 0.5}))
 
+    def sleep(self) -> None:
+        tasks = [{"do": "sleep", "requests": 64, "prompt": 512, "n": 128}]
+        self.finish("sleep", one=self.start("sleep", "one", tasks, True, {"gpu_memory_utilization": 0.5}))
+
     def sharing(self, group: str, elastic: bool) -> None:
         """The engines of `pair` or `trio`, on static shares or on one ledger, at one load after the other."""
         part = f"{group}-{'elastic' if elastic else 'static'}"
@@ -227,6 +232,8 @@ def collected(work: Path) -> dict[str, Any]:
             result[group] = vllm_report.sharing(static, shared, list(loads), SPAN + REST, SLO)
     if killed := read("kill"):
         result["kill"] = killed
+    if slept := read("sleep"):
+        result["sleep"] = slept["one"]["sleep"][0]
     if steps := {name: part["one"]["steps"][0] for name in ("plain", "elastic") if (part := read(f"steps-{name}"))}:
         result["steps"] = steps
     return result
@@ -246,7 +253,7 @@ def main() -> None:
             "steps-plain": lambda: bench.steps(False), "steps-elastic": lambda: bench.steps(True),
             "pair-static": lambda: bench.sharing("pair", False), "pair-elastic": lambda: bench.sharing("pair", True),
             "trio-static": lambda: bench.sharing("trio", False), "trio-elastic": lambda: bench.sharing("trio", True),
-            "kill": bench.kill,
+            "kill": bench.kill, "sleep": bench.sleep,
         }  # fmt: skip
         asked_for = [section for section in asked.sections.split(",") if section]
         chosen = {each: [name for name in parts if name == each or name.startswith(f"{each}-")] for each in asked_for}

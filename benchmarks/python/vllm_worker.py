@@ -1,7 +1,7 @@
 """One vLLM engine in a process of its own, as bench_vllm runs it: reads orders from a JSON file, writes what it saw.
 
-An order is a list of tasks: {"do": "outputs" | "steady" | "steps" | "idle" | "trace", ...}; see the functions of these
-names.
+An order is a list of tasks: {"do": "outputs" | "steady" | "steps" | "idle" | "sleep" | "trace", ...}; see the functions
+of these names.
 """
 
 from __future__ import annotations
@@ -95,10 +95,13 @@ class Tail:
         else:
             self.now["collect_ms"] += (time.perf_counter() - self.collecting) * 1e3
 
-    def _driver(self) -> tuple[int, float]:
-        """Calls of the engine's pool, its worker's too, and ms in them."""
-        made = self.memory.model.stats().driver_calls.values() if self.memory is not None else []
-        return sum(each.count for each in made), sum(each.nanoseconds for each in made) / 1e6
+    def _driver(self) -> tuple[int, float, int]:
+        """Calls of the engine's pool, its worker's too, ms in them, and extents that the step itself has mapped."""
+        if self.memory is None:
+            return 0, 0.0, 0
+        made = self.memory.model.stats().driver_calls.values()
+        calls, ms = sum(each.count for each in made), sum(each.nanoseconds for each in made) / 1e6
+        return calls, ms, self.memory.blocks.mapped_on_demand
 
     def begin(self) -> None:
         self.now = {"begin": time.perf_counter(), "schedule_ms": 0.0, "tokens": 0, "collect_ms": 0.0}
@@ -107,7 +110,8 @@ class Tail:
         """A step is over, and the next begins."""
         self.now["ms"] = (time.perf_counter() - self.now["begin"]) * 1e3
         before, self.driver = self.driver, self._driver()
-        self.now["driver_calls"], self.now["driver_ms"] = (now - then for now, then in zip(self.driver, before))
+        made = (now - then for now, then in zip(self.driver, before))
+        self.now["driver_calls"], self.now["driver_ms"], self.now["mapped_on_demand"] = made
         self.steps.append(self.now)
         self.begin()
 
@@ -121,12 +125,12 @@ class Tail:
 class Worker:
     """The engine, and its loop, step by step."""
 
-    def __init__(self, folder: Path, order: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, name: str, order: dict[str, Any]) -> None:
         sys.modules.setdefault("xgrammar", mock.MagicMock())  # not needed, and does not import everywhere
         import torch
         from vllm import LLM, SamplingParams
 
-        self.torch, self.folder, self.order = torch, folder, order
+        self.torch, self.folder, self.name, self.order = torch, folder, name, order
         self.sampling = lambda n: SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False)
         if order["elastic"]:
             import elastikv.vllm
@@ -305,6 +309,31 @@ class Worker:
             time.sleep(0.002)
         return {"after_burst": kept, "without_prefixes": now, "seconds": time.perf_counter() - begin}
 
+    def sleep(self, requests: int, prompt: int, n: int) -> dict[str, Any]:
+        """The same requests twice, the second time with a sleep by order amid them: bytes, seconds, tokens."""
+        chance = random.Random(13)
+        prompts = [[chance.randrange(10, 30000) for _ in range(prompt)] for _ in range(requests)]
+        answers = []
+        for asleep in (False, True):
+            numbers = [self.add(each, n) for each in prompts]
+            tokens: dict[str, list[int]] = {}
+            times: dict[str, list[float]] = {}
+            while asleep and (len(tokens) < requests or min(len(each) for each in tokens.values()) < n // 4):
+                self.look(self.engine.step(), tokens, times)
+            if asleep:
+                held, begin = self.kv_bytes(), time.perf_counter()
+                self.ledger.sleep(self.name, pid=os.getpid())
+                slept, left = time.perf_counter(), self.kv_bytes()
+                self.ledger.wake(self.name, pid=os.getpid())
+                woke = time.perf_counter()
+            while self.engine.has_unfinished_requests():
+                self.look(self.engine.step(), tokens, times)
+            answers.append([tokens[number] for number in numbers])
+        return {
+            "requests": requests, "equal": sum(a == b for a, b in zip(*answers)), "held": held, "left": left,
+            "sleep_s": slept - begin, "wake_s": woke - slept,
+        }  # fmt: skip
+
     def trace(self, begin: float, arrivals: list[tuple[float, int, int]], until: float, seed: int) -> dict[str, Any]:
         """Requests (second, prompt, n) as they come: seconds to the first token, None if not reached."""
         chance = random.Random(seed)
@@ -344,7 +373,7 @@ class Worker:
 def main() -> None:
     folder, name = Path(sys.argv[1]), sys.argv[2]
     order = json.loads((folder / f"{name}.order.json").read_text())
-    worker = Worker(folder, order)
+    worker = Worker(folder, name, order)
     (folder / f"{name}.ready").write_text(str(worker.startup))
     results: dict[str, Any] = {"startup": worker.startup, "idle_at_start": worker.kv_bytes()}
     for number, task in enumerate(order["tasks"]):

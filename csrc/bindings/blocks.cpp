@@ -205,6 +205,16 @@ must outlive the pool. Raises InvalidArgument for a block that is not held (a do
             "How many blocks allocate() could give now: free ids, as far as they have memory or the budget has room "
             "for "
             "it. Other models may take that room first.")
+        .def(
+            "expect",
+            [](const Blocks& blocks, std::uint64_t n) {
+                const py::gil_scoped_release release;
+                blocks.pool().expect(n);
+            },
+            arg("n"),
+            R"(n blocks are about to be asked for: their extents are mapped in the background, as far as ahead_bytes allow.
+
+Without waiting, and nobody is asked for memory. They stay until they are taken or a later call says less; 0 when nothing is expected any more.)")
         .def("layer", &layer, arg("index"),
              R"([num_blocks, *block_shape]: one layer's part of every block, strided, at addresses that never change.
 
@@ -228,6 +238,9 @@ them, and so printing or copying the whole tensor, is a fault.)")
                                "Free blocks that have memory: to be had without a driver call.")
         .def_property_readonly("physical_bytes", reading(&BlockStats::physical),
                                "Bytes of the extents that are mapped.")
+        .def_property_readonly("mapped_on_demand", reading(&BlockStats::on_demand),
+                               "Extents that allocate() mapped while its caller waited, since the pool was made; "
+                               "others were parked, or mapped ahead.")
         .def(
             "close", [](Blocks& blocks) { blocks.pool().close(); }, NoGil(),
             "Frees all blocks, after all of the device's work if any is held. Tensors of the layers may no longer be "

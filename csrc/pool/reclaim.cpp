@@ -59,7 +59,7 @@ void VirtualMemoryPool::settle_passed(bool on_worker) {
 // While someone waits for memory nothing is parked. What is spare goes with what is in use.
 Bytes VirtualMemoryPool::park_limit() const {
     if (budget_ && budget_->in_demand()) return 0;
-    return std::max(park_limit_, std::min(spare_, table_.totals().used / used_for_spare));
+    return std::max(park_limit_, std::min(spare_, std::max(expected_, table_.totals().used / used_for_spare)));
 }
 
 void VirtualMemoryPool::add_spare(Bytes bytes) {
@@ -72,6 +72,17 @@ void VirtualMemoryPool::add_spare(Bytes bytes) {
 void VirtualMemoryPool::remove_spare(Bytes bytes) noexcept {
     const std::lock_guard lock(mutex_);
     spare_ -= std::min(spare_, bytes);
+    shed_excess();
+}
+
+void VirtualMemoryPool::expect(Bytes before, Bytes now) noexcept {
+    const std::lock_guard lock(mutex_);
+    expected_ = expected_ - std::min(expected_, before) + now;
+    if (now < before) shed_excess();
+}
+
+// On the worker where it takes long.
+void VirtualMemoryPool::shed_excess() noexcept {
     if (closed_ || !over_park_limit()) return;
     if (driver_->capabilities().asynchronous) {
         worker_.wake();
@@ -269,7 +280,7 @@ void VirtualMemoryPool::drain() {
 void VirtualMemoryPool::stop_parking() {
     process_.require_same_process();
     const std::lock_guard lock(mutex_);
-    park_limit_ = spare_ = 0;
+    park_limit_ = spare_ = expected_ = 0;
     settle_passed();
     if (!closed_) give_back_excess();
 }

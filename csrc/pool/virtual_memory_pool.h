@@ -132,6 +132,9 @@ class VirtualMemoryPool {
     // limit: spare memory for an owner that grows and shrinks all the time. Callers add up; each removes what it added.
     void add_spare(Bytes bytes);
     void remove_spare(Bytes bytes) noexcept;
+    // The same for `now` bytes, instead of `before` until now, that are about to be wanted: of what is spare so much
+    // stays whatever is in use.
+    void expect(Bytes before, Bytes now) noexcept;
     // Maps each of the parts, whole pages, as one extent on the worker's thread, as far as what may be parked allows;
     // it is parked then as any other. A hint, as prefetch is. Throws InvalidSize, InvalidOffset, ModelPaused.
     void map_spare(std::span<const ByteRange> parts);
@@ -286,6 +289,7 @@ class VirtualMemoryPool {
     void retire(RetireBatch batch);
     void settle_passed(bool on_worker = false);
     bool over_park_limit() const;
+    void shed_excess() noexcept;
     Bytes park_limit() const;
     Bytes give_back_parked(Bytes wanted, IdleTime idle_until = any_time, HandOver* to = nullptr);
     Bytes give_back_excess();
@@ -352,6 +356,7 @@ class VirtualMemoryPool {
     std::atomic<bool> closed_{false};  // also read without the lock
     Bytes park_limit_;
     Bytes spare_ = 0;
+    Bytes expected_ = 0;
     Bytes peak_physical_ = 0;
     Bytes peak_used_ = 0;
     std::uint64_t prefetches_done_ = 0;

@@ -64,6 +64,7 @@ BlockPool::~BlockPool() {
         close();
     } catch (const VmmError&) {
         // The region's end tries again.
+        set_expected(0);
         if (ahead_ > 0) model()->pool().remove_spare(ahead());
     }
 }
@@ -112,8 +113,13 @@ Bytes BlockPool::try_take(std::span<BlockId> out, std::uint64_t whole_extents, c
     const std::uint64_t rest = out.size() - whole;
     const std::uint64_t missing = whole + (rest > map_.free_mapped() ? rest - map_.free_mapped() : 0);
     if (missing > 0) {
-        const std::vector<std::uint64_t> extents = map_.extents_for(missing, parked_extents());
+        const std::vector<std::uint64_t> parked = parked_extents();
+        const std::vector<std::uint64_t> extents = map_.extents_for(missing, parked);
         if (const Bytes lacking = try_map(extents, options); lacking > 0) return lacking;
+        for (const std::uint64_t extent : extents) {
+            if (!std::binary_search(parked.begin(), parked.end(), extent)) ++on_demand_;
+        }
+        set_expected(expected_ - std::min<std::uint64_t>(expected_, extents.size()));
         for (std::uint64_t i = 0; i < whole_extents; ++i) out = out.subspan(map_.take_from(extents[i], out));
     }
     map_.take(out);
@@ -131,12 +137,13 @@ std::vector<std::uint64_t> BlockPool::parked_extents() const {
     return found;
 }
 
-// Once half of what should be there has been taken: the driver's calls hold up those who ask for more meanwhile.
+// Once half of what should be there has been taken, as the driver's calls hold up those who ask for more meanwhile; but
+// all that is expected, since it is taken in one step.
 void BlockPool::map_ahead() {
-    const std::uint64_t wanted = std::min(ahead_, map_.mapped_extents() / used_for_ahead);
+    const std::uint64_t wanted = std::max(std::min(ahead_, map_.mapped_extents() / used_for_ahead), expected_);
     try {
         const std::vector<std::uint64_t> parked = parked_extents();
-        if (2 * parked.size() >= wanted) return;
+        if (2 * parked.size() >= wanted && parked.size() >= expected_) return;
         const std::uint64_t blocks = std::min(wanted * layout_.blocks_per_extent(), map_.free_unmapped());
         std::vector<ByteRange> parts;
         for (const std::uint64_t extent : map_.extents_for(blocks, parked)) {
@@ -279,10 +286,28 @@ std::uint64_t BlockPool::available() const {
     return map_.free_mapped() + std::min<std::uint64_t>(map_.free_unmapped(), room);
 }
 
+void BlockPool::expect(std::uint64_t blocks) {
+    process_.require_same_process();
+    const std::lock_guard lock(mutex_);
+    require_open();
+    if (ahead_ == 0) return;
+    const std::uint64_t per = layout_.blocks_per_extent();
+    const std::uint64_t lacking =
+        std::min(blocks > map_.free_mapped() ? blocks - map_.free_mapped() : 0, map_.free_unmapped());
+    set_expected(std::min(ahead_, (lacking + per - 1) / per));
+    if (expected_ > 0) map_ahead();
+}
+
+void BlockPool::set_expected(std::uint64_t extents) noexcept {
+    if (extents == expected_) return;
+    model()->pool().expect(expected_ * layout_.extent, extents * layout_.extent);
+    expected_ = extents;
+}
+
 BlockStats BlockPool::stats() const {
     process_.require_same_process();
     const std::lock_guard lock(mutex_);
-    BlockStats stats{map_.blocks(), map_.held(), map_.free_mapped(), map_.mapped_extents(), 0};
+    BlockStats stats{map_.blocks(), map_.held(), map_.free_mapped(), map_.mapped_extents(), 0, on_demand_};
     stats.physical = stats.extents * layout_.extent;
     const std::uint64_t last = map_.extents() - 1;
     if (map_.is_mapped(last)) stats.physical -= layout_.extent - bytes_of(last).size();
@@ -306,6 +331,7 @@ void BlockPool::close() {
     }
     map_ = BlockMap(layout_.blocks, layout_.blocks_per_extent());
     closed_ = true;
+    set_expected(0);
     if (ahead_ > 0) model()->pool().remove_spare(ahead());
 }
 

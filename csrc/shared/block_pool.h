@@ -42,6 +42,7 @@ struct BlockStats {
     std::uint64_t free_mapped = 0;  // to be had without a driver call
     std::uint64_t extents = 0;      // that are mapped
     Bytes physical = 0;             // bytes of them
+    std::uint64_t on_demand = 0;    // extents that allocate() mapped while its caller waited, since the pool was made
 };
 
 // Blocks are ordered by streams: what one stream has freed is reused by it at once; another stream that takes it is
@@ -86,6 +87,10 @@ class BlockPool {
     // has room for them beside what is parked here. Others may take that room first.
     std::uint64_t available() const;
 
+    // So many blocks are about to be asked for: their extents are mapped in the background, as far as `ahead` and the
+    // budget allow, and stay parked until they are taken or a later call says less. A hint. Throws PoolClosed.
+    void expect(std::uint64_t blocks);
+
     BlockStats stats() const;
     // Frees all blocks, after all of the device's work where any is held. Later use throws PoolClosed, and the
     // addresses stay reserved as long as this object lives.
@@ -107,6 +112,7 @@ class BlockPool {
     std::vector<std::uint64_t> parked_extents() const;
     void map_ahead();
     Bytes try_map(const std::vector<std::uint64_t>& extents, const AllocateOptions& options);
+    void set_expected(std::uint64_t extents) noexcept;
     void order_after_others(Stream stream);
     void mark(Stream stream);
     void give_back(const std::vector<std::uint64_t>& extents, std::span<const Stream> streams);
@@ -124,6 +130,8 @@ class BlockPool {
     std::map<std::pair<std::uintptr_t, std::uintptr_t>, std::uint64_t>
         ordered_;  // (waiter, other) -> the other's epoch
     std::uint64_t epoch_ = 0;
+    std::uint64_t expected_ = 0;  // extents
+    std::uint64_t on_demand_ = 0;
     bool closed_ = false;
 };
 

@@ -145,6 +145,73 @@ TEST_CASE("blocks: a pool that ends takes what was ahead with it", "[blocks][ahe
     at.finish();
 }
 
+TEST_CASE("blocks: what is expected is mapped before it is asked for, whatever is in use", "[blocks][ahead]") {
+    for (const bool lags : {false, true}) {
+        BlockFixture at({.blocks = 256, .lags = lags, .ahead_pages = 4});
+        const auto pass = [&] {
+            at.model->pool().drain();
+            if (lags) at.lagging->advance(LaggingDriver::service, 100);  // scrubbed, and may go
+            return parked(at);
+        };
+        at.pool->expect(4 * 100);
+        CHECK(pass() == 4 * at.page);
+        at.pool->expect(4 * 3 - 1);
+        CHECK(pass() == 3 * at.page);
+        const std::uint64_t creates = at.calls(DriverCall::create);
+        at.take(4, 1);
+        CHECK(pass() == 2 * at.page);  // what was taken is expected no longer
+        at.take(4 * 2, 1);
+        CHECK(pass() == 0);
+        CHECK(at.calls(DriverCall::create) == creates);
+        CHECK(at.pool->stats().on_demand == 0);
+        at.take(4 * 2, 1);
+        CHECK(at.pool->stats().on_demand == 2);
+        at.pool->expect(4 * 2);
+        CHECK(pass() == 2 * at.page);
+        at.pool->expect(0);
+        CHECK(pass() == 0);
+        at.require_sound();
+        at.finish();
+    }
+}
+
+TEST_CASE("blocks: what is expected counts blocks that have memory, and those that there are", "[blocks][ahead]") {
+    BlockFixture at({.blocks = 4 * 6, .ahead_pages = 4});
+    at.take(1);
+    at.pool->expect(3);
+    CHECK(parked(at) == 0);
+    at.pool->expect(4);
+    CHECK(parked(at) == at.page);
+    at.take(4 * 4);
+    at.pool->expect(100);
+    CHECK(parked(at) == at.page);  // the last one
+    at.pool->close();
+    CHECK(parked(at) == 0);
+    CHECK(throws<PoolClosed>([&] { at.pool->expect(1); }));
+    at.require_sound();
+    at.finish();
+    BlockFixture none({.blocks = 64});
+    none.pool->expect(64);
+    CHECK(parked(none) == 0);
+    none.finish();
+}
+
+TEST_CASE("blocks: nobody is asked for what is only expected, and others get it", "[blocks][ahead]") {
+    BlockFixture at({.blocks = 256, .limit_pages = 8, .ahead_pages = 4});
+    ModelPtr other = at.shared->register_model("other", 64 * at.page, 8 * at.page);
+    other->allocate(4 * at.page);
+    other->deallocate(other->allocate(at.page) - other->base_address(), at.page);
+    at.pool->expect(4 * 4);
+    CHECK(parked(at) == 3 * at.page);
+    CHECK(other->stats().parked == at.page);
+    other->allocate(3 * at.page);
+    CHECK(at.model->stats().parked < 3 * at.page);
+    CHECK(at.shared->global_stats().physical_usage <= 8 * at.page);
+    other.reset();
+    at.require_sound();
+    at.finish();
+}
+
 // The worker's calls fail as the caller's do, at any moment: what is asked for is there or is not, and nothing is lost.
 TEST_CASE("invariant 2: blocks with extents ahead, with every driver call failed in turn", "[blocks][ahead][faults]") {
     for (const bool lags : {false, true}) {

@@ -73,6 +73,7 @@ TEST_CASE("blocks: at random, the blocks of sequences are theirs, and memory fol
                     sequences.erase(sequences.begin() + static_cast<std::ptrdiff_t>(which));
                 }
             }
+            if (random.one_in(8)) at.pool->expect(random.below(64));
             if (lags) {
                 for (const std::uintptr_t stream : {1U, 2U, 3U}) at.lagging->advance({stream}, random.below(30));
                 at.lagging->advance(LaggingDriver::service, random.below(4));

@@ -128,6 +128,25 @@ def test_steady_rounds_and_a_look_at_the_longest_steps():
     assert scheduler.schedule is schedule
 
 
+def test_a_sleep_amid_requests():
+    import vllm_worker
+
+    orders = []
+
+    def order(name, kind):
+        orders.append((kind, name, sorted(len(ids) for ids in worker.engine.running.values())))
+
+    worker = object.__new__(vllm_worker.Worker)
+    worker.engine, worker.number, worker.name = Instant(8), 0, "one"
+    worker.kv_bytes, worker.sampling = (lambda: 7), (lambda n: n)
+    worker.ledger = SimpleNamespace(
+        sleep=lambda name, pid: order(name, "sleep"), wake=lambda name, pid: order(name, "wake")
+    )
+    found = worker.sleep(requests=3, prompt=8, n=8)
+    assert (found["requests"], found["equal"], found["held"], found["left"]) == (3, 3, 7, 7)
+    assert orders == [("sleep", "one", [2, 2, 2]), ("wake", "one", [2, 2, 2])]
+
+
 def trace(waits):
     """A request each 100 ms."""
     return {
@@ -170,6 +189,9 @@ def test_report_of_parts(tmp_path, capsys):
     for name, idle in (("single-plain", 1 << 30), ("single-elastic", 48 << 20)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"one": {**one, "idle_at_start": idle}}))
 
+    slept = {"requests": 64, "equal": 64, "held": 1 << 31, "left": 0, "sleep_s": 1.0, "wake_s": 0.1}
+    (tmp_path / "sleep.json").write_text(json.dumps({"one": {"sleep": [slept]}}))
+
     result = json.loads(json.dumps(bench_vllm.collected(tmp_path)))
     until = bench_vllm.SPAN + bench_vllm.REST
     for group, engines in bench_vllm.ENGINES.items():
@@ -185,6 +207,7 @@ def test_report_of_parts(tmp_path, capsys):
 
     vllm_report.print_tables(result)
     printed = capsys.readouterr().out
+    assert "sleep amid 64 requests: 2048 MiB -> 0 MiB in 1.00 s" in printed
     assert "three engines: 99% within 0.5 s up to 5 requests/s with thirds, 20" in printed
     table = vllm_report.markdown(result)
     assert "within 0.5 s, static halves" in table and "static thirds" in table and "40.0%" in table
@@ -221,3 +244,44 @@ def test_a_section_that_is_not_there_is_refused_before_anything_runs(monkeypatch
     with pytest.raises(SystemExit):
         bench_vllm.main()
     assert "there is no section 'quartet'" in capsys.readouterr().err
+
+
+WORKER = """
+import json, pathlib, sys, time
+folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+order = json.loads((folder / f"{name}.order.json").read_text())
+(folder / f"{name}.ready").write_text("")
+found = []
+for number, task in enumerate(order["tasks"]):
+    assert task["do"] == "trace" and task["wait"]
+    while not (folder / f"task{number}.go").exists():
+        time.sleep(0.01)
+    arrived = [at for at, _, _ in task["arrivals"]]
+    wait = 0.1 if order["elastic"] else 0.1 * (number + 1) * order["options"]["kv_cache_memory_bytes"] / (4 << 30)
+    found.append({"arrived": arrived, "first": [wait] * len(arrived), "held": []})
+    (folder / f"{name}.done{number}").write_text("")
+(folder / f"{name}.result.json").write_text(json.dumps({"trace": found}))
+"""
+
+
+def test_parts_run_by_themselves_and_join(monkeypatch, tmp_path, capsys):
+    """The whole of it, with engines that only say that they served."""
+    import bench_vllm
+
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "vllm_worker.py").write_text(WORKER)
+    monkeypatch.setattr(bench_vllm, "HERE", scripts)
+    monkeypatch.setattr(bench_vllm, "version", lambda package: f"{package} 1")
+    work, results = tmp_path / "work", tmp_path / "results.json"
+    for sections in ("pair-static,pair-elastic", "trio-static", "trio-elastic", ""):
+        arguments = ["bench_vllm", "--sections", sections, "--work", str(work), "--json", str(results)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        bench_vllm.main()
+    result = json.loads(results.read_text())
+    assert result["vllm"] == "vllm 1" and "single" not in result
+    for group, share in (("pair", 2), ("trio", 3)):
+        for i, point in enumerate(result[group]):
+            assert point["static"]["p99"] == pytest.approx(0.1 * (i + 1) / share)
+            assert point["elastic"]["p99"] == 0.1 and point["elastic"]["requests"] == point["static"]["requests"] > 0
+    assert "three engines: 99% within 0.5 s up to 20 requests/s with thirds, 20" in capsys.readouterr().out

@@ -44,11 +44,12 @@ class Served:
 
 
 def elastic(num_blocks, pool, **settings):
+    tokens_a_step = settings.pop("tokens_a_step", 96)
     engine = Engine(Settings(pool=pool, park=0, extent=4096, ahead=settings.pop("ahead", 0), **settings), "chat")
     engine.device_bytes = 1 << 30
     with engine.starting(), engine.allocating():
         engine.allocate(cache_config(num_blocks), torch.device("cpu"), dict)
-        scheduler = scheduler_of(num_blocks)
+        scheduler = scheduler_of(num_blocks, tokens_a_step)
     engine.started()
     blocks, part = engine.memory.arrangement.blocks_of("0.0")
     served = Served(scheduler, blocks[:, part.offset : part.offset + part.size].view(torch.int64))
@@ -86,11 +87,11 @@ def test_as_plain_vllm(layout, ahead):
         engine.close()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_others_press_between_and_in_steps(seed):
+@pytest.mark.parametrize(("seed", "ahead"), [(0, 0), (1, 0), (2, 8192)])
+def test_others_press_between_and_in_steps(seed, ahead):
     """Another engine takes and frees as it likes, under a limit that is too small for both."""
     limit = 22 * 4096
-    engine, ours = elastic(120, "test-press", limit=limit)
+    engine, ours = elastic(120, "test-press", limit=limit, ahead=ahead)
     other = HostEngine(cache_config(120), "test-press", name="other", limit=limit)
     chance = random.Random(seed)
     held = []
@@ -121,6 +122,29 @@ def test_others_press_between_and_in_steps(seed):
         assert ours.preemptions > 0 or waited > 0
     finally:
         other.close()
+        engine.close()
+
+
+@pytest.mark.parametrize("prompts", [[512] * 6, [1536, 1536]])
+def test_who_steps_maps_for_the_first_step_only(prompts):
+    """Prompts that come together, or a step's worth at a time, are mapped while the step before them runs."""
+    engine, ours = elastic(300, "test-demand", limit=1 << 30, ahead=12 * 4096, tokens_a_step=512)
+    blocks, model = engine.memory.blocks, engine.memory.model
+    try:
+        for number, length in enumerate(prompts):
+            ours.add(number, [number * 10000 + i for i in range(length)])
+        demanded = []
+        while ours.scheduler.has_unfinished_requests():
+            before = blocks.mapped_on_demand
+            ours.step()
+            demanded.append(blocks.mapped_on_demand - before)
+            model.drain()  # the worker has had the time of a step on the device
+        assert demanded[0] in (7, 8) and not any(demanded[1:])  # three blocks lie beside the null block
+        ours.check()
+        assert ours.scheduler.reset_prefix_cache()
+        model.drain()
+        assert model.stats().physical_usage == blocks.extent_bytes
+    finally:
         engine.close()
 
 

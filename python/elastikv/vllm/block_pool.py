@@ -111,6 +111,11 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             if may_ask:
                 self._ask_again = time.monotonic() + ASK_AGAIN
 
+    def expect(self, n: int) -> None:
+        """The next step may ask for n blocks, 0 for an ordinary step."""
+        if self.memory is not None:
+            self.memory.expect(n + STOCK if n > 0 else 0)
+
     def _secured(self) -> int:
         return len(self._stock) + int(self.free_block_queue.num_free_blocks)
 
@@ -273,6 +278,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             extra = [self._stock.pop() for _ in range(len(self._stock) - (0 if idle else STOCK))]
             if extra:
                 self.memory.free(extra)
+            if idle:
+                self.memory.expect(0)
             short, self._short = self._short, False
             return short
 

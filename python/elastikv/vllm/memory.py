@@ -99,6 +99,7 @@ class KVMemory:
         self._named: set[int] = set()
         self._stream: torch.cuda.Stream | None = None
         self._idle: elastikv.ReclaimHandle | None = None
+        self._expected = 0
         self.asleep = False
         self._owed: list[int] = []  # freed while asleep
         logger.info(
@@ -147,6 +148,12 @@ class KVMemory:
         except _NO_MEMORY as error:
             logger.debug("no memory for %d blocks: %s", n, error)
             return []
+
+    def expect(self, n: int) -> None:
+        """n blocks are about to be asked for: the worker maps what it may of them meanwhile."""
+        if (n or self._expected) and not self.asleep:
+            self._expected = n
+            self.blocks.expect(n)
 
     def hold_up_to(self, last: int) -> None:
         """All ids up to `last` have memory until let_go(): vLLM's warm-up names blocks that nobody gave it.

@@ -19,6 +19,7 @@ import torch
 from elastikv.vllm.engine import Engine, NotSupported, current
 
 Function = Callable[..., Any]
+WAITING_LOOKED_AT = 64  # requests that may start in the next step
 SHORT_OF_MEMORY = 0.002  # seconds to the next step where no request has memory
 
 
@@ -304,6 +305,20 @@ def elastic_pool(scheduler: Any) -> Any:
     return pool if getattr(pool, "memory", None) is not None else None
 
 
+def upcoming_blocks(scheduler: Any) -> int:
+    """How many blocks the next step may ask for, if it computes prompts: these, begun or waiting, and answers."""
+    most, tokens = int(scheduler.max_num_scheduled_tokens), 0
+    begun = scheduler.running[-1:]  # only the last one's prompt can be in parts
+    for request in itertools.chain(begun, itertools.islice(scheduler.waiting, WAITING_LOOKED_AT)):
+        tokens += max(0, request.num_tokens - request.num_computed_tokens)
+        if tokens >= most:
+            break
+    if tokens == 0:
+        return 0
+    tokens = min(tokens, most) + len(scheduler.running)  # answers grow by one each
+    return -(-tokens // int(scheduler.block_size)) * len(scheduler.kv_cache_config.kv_cache_groups)
+
+
 @contextlib.contextmanager
 def nothing_if_asleep(scheduler: Any, memory: Any) -> Iterator[None]:
     """vLLM's own pauses let running requests go on."""
@@ -331,6 +346,7 @@ def schedule(original: Function) -> Function:
                     planned = original(self, *args, **options)
             finally:
                 short = pool.end_step()
+            pool.expect(upcoming_blocks(self))
         if short and planned.total_num_scheduled_tokens == 0:
             time.sleep(SHORT_OF_MEMORY)  # all of it is in others' use, and the engine would come back at once
         return planned

@@ -25,7 +25,8 @@ class Settings:
     prefix_cache: int | None = None  # bytes of idle prefixes that are kept; None: all, until somebody lacks memory
     extent: int | None = None  # bytes that come and go at once; None: 1/64 of the cache, at most 16 MiB
     park: int = 32 << 20  # idle bytes that stay mapped, for the next request
-    ahead: int = 128 << 20  # the same while eight times as much is in use, and mapped before there is need
+    # The same while eight times as much is in use, or the next step's prompts want it; mapped before there is need.
+    ahead: int = 256 << 20
     layout: str = "blocks"  # what lies together in an extent: all layers of each block, or all blocks of each layer
     name: str | None = None  # what `elastikv top` shows; None: the model's served name
 
