@@ -4,6 +4,8 @@
 #include <new>
 #include <utility>
 
+#include "pool/virtual_memory_pool.h"
+
 namespace elastikv {
 
 HandOver::HandOver(MeteredDriverPtr driver, std::shared_ptr<Budget> budget, Bytes page, Bytes smallest)
@@ -101,6 +103,40 @@ Bytes HandOver::give_back() noexcept {
     extents_.clear();
     total_ = 0;
     return freed;
+}
+
+// ---- for VirtualMemoryPool
+
+// Of an idle extent, which leaves a former place behind. What other processes may have mapped, or what may still be
+// mapped at a place that the driver would not unmap, must not become anyone else's.
+bool VirtualMemoryPool::try_hand_over(Extent& extent, HandOver& to) noexcept {
+    const bool elsewhere = extent.places && (extent.places->count > 1 || extent.places->lost);
+    if (extent.exported || extent.spilled || elsewhere) return false;
+    if (!extent.mapping->extent().try_end_former_place().ok()) return false;
+    try {
+        auto place = extent.mapping->make_former_place();
+        if (!to.try_take(budget_.get(), *driver_, extent.mapping->shared_extent())) return false;
+        extent.mapping->leave(std::move(place));
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
+    return true;
+}
+
+// Where extents that changed hands and came here are still mapped, too. Lets the lock go around each. What the driver
+// refuses is tried again with the worker's next turn.
+void VirtualMemoryPool::end_former_places(std::unique_lock<std::mutex>& lock) {
+    while (!former_places_.empty()) {
+        const std::shared_ptr<FormerPlace> place = former_places_.back();
+        lock.unlock();
+        const Status status = place->try_end();
+        lock.lock();
+        if (!status.ok()) {
+            ++reclaims_refused_;
+            return;
+        }
+        std::erase(former_places_, place);
+    }
 }
 
 }  // namespace elastikv

@@ -79,10 +79,9 @@ at::Tensor attend_even(const at::Tensor& key_window, const at::Tensor& value_win
             .transpose(1, 2);
     }
     // The operator that SDPA's flash back end ends in, without the six views on the way there.
-    return std::get<0>(at::_flash_attention_forward(query.transpose(1, 2),
-                                                    by_token(key_window, rows, pitch, held - seen, seen),
-                                                    by_token(value_window, rows, pitch, held - seen, seen), {}, {},
-                                                    query.size(2), seen, 0.0, false, false, scale));
+    return std::get<0>(at::_flash_attention_forward(
+        query.transpose(1, 2), by_token(key_window, rows, pitch, held - seen, seen),
+        by_token(value_window, rows, pitch, held - seen, seen), {}, {}, query.size(2), seen, 0.0, false, false, scale));
 }
 
 }  // namespace elastikv::torch
