@@ -28,47 +28,18 @@ bool HandOver::try_take(Budget* giver, const MeteredDriver& driver,
     const Bytes size = extent->size();
     if (!suits(size) || !driver_->is_over_the_same(driver)) return false;
     if ((giver == nullptr) != (budget_ == nullptr)) return false;
-    if (!try_make_place()) return false;
-    if (giver != nullptr && !giver->try_pass_on(size, *budget_)) return false;
-    extent->pass_to(driver_);
-    add(extent);
-    return true;
-}
-
-bool HandOver::try_make_place() noexcept {
     try {
         extents_.reserve(extents_.size() + 1);
     } catch (const std::bad_alloc&) {
         return false;
     }
-    return true;
-}
-
-void HandOver::add(std::shared_ptr<PhysicalExtent> extent) noexcept {
-    const Bytes size = extent->size();
+    if (giver != nullptr && !giver->try_pass_on(size, *budget_)) return false;
+    extent->pass_to(driver_);
     const auto smaller =
         std::find_if(extents_.begin(), extents_.end(), [size](const auto& each) { return each->size() < size; });
-    extents_.insert(smaller, std::move(extent));
+    extents_.insert(smaller, extent);
     total_ += size;
-}
-
-// A quarter of all that is wanted at least, as each handle costs as much again to map.
-Bytes HandOver::size_ahead() const noexcept {
-    if (!budget_ || wanted_ == 0) return 0;
-    const Bytes left = wanted_ - total_;
-    const Bytes most = align_down(std::min(left, budget_->available()), page_);
-    if (exact_) return largest_ <= most ? largest_ : 0;
-    if (largest_ < wanted_) return 0;  // which of several gaps a piece would fit is not known here
-    return most >= std::max(smallest_, std::min(left, wanted_ / 4)) ? most : 0;
-}
-
-void HandOver::make_ahead() {
-    while (const Bytes size = size_ahead()) {
-        if (!try_make_place() || !budget_->try_charge(size)) return;
-        auto made = PhysicalExtent::try_create(driver_, size);
-        if (!made.ok()) return budget_->refund(size);
-        add(std::move(made.value()));
-    }
+    return true;
 }
 
 Bytes HandOver::fitting(Bytes gap) const noexcept {

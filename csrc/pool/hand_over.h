@@ -31,10 +31,6 @@ class HandOver {
     // charge. False, and nothing has changed, where it does not suit or its charge can't be passed on.
     bool try_take(Budget* giver, const MeteredDriver& driver, const std::shared_ptr<PhysicalExtent>& extent) noexcept;
 
-    // For the one who waits while others give back to the device: makes extents of what could be charged by now, so
-    // that creating need not wait for the last byte. Only for a single gap, or for extents of one size.
-    void make_ahead();
-
     // For the one who asked: how much of a gap the extents here fill, and the first of those, the largest first. With
     // what is left of that much, next() gives the others.
     Bytes fitting(Bytes gap) const noexcept;
@@ -50,9 +46,6 @@ class HandOver {
 
   private:
     bool suits(Bytes size) const noexcept;
-    Bytes size_ahead() const noexcept;
-    bool try_make_place() noexcept;
-    void add(std::shared_ptr<PhysicalExtent> extent) noexcept;
 
     const MeteredDriverPtr driver_;
     const std::shared_ptr<Budget> budget_;

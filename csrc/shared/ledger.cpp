@@ -67,7 +67,6 @@ void Ledger::refund(ClientId id, Bytes bytes) noexcept {
         adjust_sums(mine, held, held - bytes);
         serve_under_lock();
     });
-    if (shared_) tell_news(get(client(id).member));
 }
 
 // Where the process dies in between, both entries go with it.

@@ -136,15 +136,10 @@ class Ledger {
     std::uint32_t ask(std::uint32_t index, const LedgerRequest& request) noexcept;
     // False where it has not answered by `until`, or is gone.
     bool await_answer(std::uint32_t index, std::uint32_t number, std::uint64_t until) const noexcept;
-    enum class Answer { given, under_way, none };
-    // The same, and comes back, `under_way`, whenever the process has freed something since `news`, which is updated.
-    Answer hear(std::uint32_t index, std::uint32_t number, std::uint32_t& news, std::uint64_t until) const noexcept;
     void nudge(std::uint32_t index) noexcept;
     // For the listener: sleeps until there may be something to do; what others ask, all in one.
     std::optional<LedgerRequest> next_request(std::uint32_t index) noexcept;
     void answer(std::uint32_t index, std::uint32_t number) noexcept;
-    // For those who wait for an answer: there is more memory than before.
-    void tell_news(std::uint32_t index) noexcept;
     struct Pressable {
         std::uint32_t member;
         Bytes excess;

@@ -6,7 +6,6 @@
 #include <chrono>
 #include <fstream>
 #include <sstream>
-#include <utility>
 
 #include "shared/futex.h"
 #include "shared/ledger_lock.h"
@@ -151,23 +150,13 @@ std::uint32_t Ledger::ask(std::uint32_t index, const LedgerRequest& request) noe
 }
 
 bool Ledger::await_answer(std::uint32_t index, std::uint32_t number, std::uint64_t until) const noexcept {
-    std::uint32_t news = 0;
-    Answer answer = Answer::under_way;
-    while (answer == Answer::under_way) answer = hear(index, number, news, until);
-    return answer == Answer::given;
-}
-
-Ledger::Answer Ledger::hear(std::uint32_t index, std::uint32_t number, std::uint32_t& news,
-                            std::uint64_t until) const noexcept {
     const LedgerMember& member = table_->member[index];
     for (;;) {
-        const std::uint32_t heard = member.news.load(std::memory_order_acquire);
         const std::uint32_t answered = member.answered.load(std::memory_order_acquire);
-        if (static_cast<std::int32_t>(answered - number) >= 0) return Answer::given;
+        if (static_cast<std::int32_t>(answered - number) >= 0) return true;
         const std::uint64_t time = steady_now();
-        if (time >= until || get(member.state) == entry_free) return Answer::none;
-        if (std::exchange(news, heard) != heard) return Answer::under_way;
-        futex_sleep(member.news, heard, until - time);
+        if (time >= until || get(member.state) == entry_free) return false;
+        futex_sleep(member.answered, answered, until - time);
     }
 }
 
@@ -194,15 +183,7 @@ std::optional<LedgerRequest> Ledger::next_request(std::uint32_t index) noexcept 
 void Ledger::answer(std::uint32_t index, std::uint32_t number) noexcept {
     LedgerMember& mine = table_->member[index];
     put(mine.answered, number);
-    mine.news.fetch_add(1, std::memory_order_release);
-    futex_wake(mine.news);
-}
-
-void Ledger::tell_news(std::uint32_t index) noexcept {
-    LedgerMember& mine = table_->member[index];
-    if (get(mine.asked) == get(mine.answered)) return;
-    mine.news.fetch_add(1, std::memory_order_release);
-    futex_wake(mine.news);
+    futex_wake(mine.answered);
 }
 
 std::vector<Ledger::Pressable> Ledger::others_with_excess(std::uint32_t own, std::optional<int> below) const {

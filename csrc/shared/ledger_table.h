@@ -41,7 +41,6 @@ struct alignas(64) LedgerMember {
     // What others ask of it, under the ledger's lock; `asked` counts requests and is what its listener sleeps on.
     std::atomic<std::uint32_t> asked{0};
     std::atomic<std::uint32_t> answered{0};
-    std::atomic<std::uint32_t> news{0};      // counts answers, and what it frees before: what askers sleep on
     std::atomic<std::uint32_t> requests{0};  // LedgerRequestBits
     std::atomic<std::int32_t> priority{0};   // the highest of those who ask
     std::atomic<Bytes> wanted{0};

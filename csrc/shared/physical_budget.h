@@ -54,8 +54,7 @@ class PhysicalBudget : public std::enable_shared_from_this<PhysicalBudget> {
   private:
     PhysicalBudget() = default;
     void serve(const LedgerRequest& request) noexcept;
-    Bytes ask_others(Account& asker, Bytes wanted, std::uint32_t what, std::chrono::steady_clock::time_point until,
-                     HandOver* handed);
+    Bytes ask_others(Account& asker, Bytes wanted, std::uint32_t what, std::chrono::steady_clock::time_point until);
 
     const ProcessGuard process_;
     std::shared_ptr<Ledger> ledger_;

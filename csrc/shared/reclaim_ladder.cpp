@@ -17,12 +17,6 @@ std::uint64_t nanoseconds_of(Clock::time_point time) {
     return static_cast<std::uint64_t>(std::chrono::nanoseconds(time.time_since_epoch()).count());
 }
 
-// What was handed over is charged to the asker already.
-Bytes uncharged(Bytes wanted, const HandOver* handed) {
-    const Bytes charged = handed == nullptr ? 0 : handed->total();
-    return wanted > charged ? wanted - charged : 0;
-}
-
 // One request for room: what still lacks, and the steps.
 class Ladder {
   public:
@@ -43,7 +37,11 @@ class Ladder {
         return std::max(shortage.own, shortage.common);
     }
     bool only_own_helps() const { return !by_count_ && ledger_.shortage(asker_->id(), uncharged()).own > 0; }
-    Bytes uncharged() const { return elastikv::uncharged(wanted_, handed_); }
+    // What was handed over is charged to the asker already.
+    Bytes uncharged() const {
+        const Bytes charged = handed_ == nullptr ? 0 : handed_->total();
+        return wanted_ > charged ? wanted_ - charged : 0;
+    }
     Bytes freed() const { return freed_; }
     void count(Bytes freed) { freed_ += freed; }
 
@@ -167,31 +165,25 @@ Bytes PhysicalBudget::make_room(Account& asker, Bytes wanted, bool wait, Clock::
     }
     if (ladder.lacking() > 0) ladder.take_idle(alone ? own : all);
     if (alone) return ladder.freed();
-    if (ladder.lacking() > 0) ladder.count(ask_others(asker, wanted, ask_idle, until, handed));
+    if (ladder.lacking() > 0) ladder.count(ask_others(asker, ladder.uncharged(), ask_idle, until));
     if (ladder.lacking() > 0) ladder.press(others, asker.priority(), until);
-    if (ladder.lacking() > 0) ladder.count(ask_others(asker, wanted, ask_all, until, handed));
+    if (ladder.lacking() > 0) ladder.count(ask_others(asker, ladder.uncharged(), ask_all, until));
     return ladder.freed();
 }
 
 // Process by process, so that none gives up what is not needed. One that does not answer, being stopped or busy, holds
-// up the others for a moment only. What is free already is made extents of while the process still gives back the rest.
-// Returns what they gave up.
-Bytes PhysicalBudget::ask_others(Account& asker, Bytes wanted, std::uint32_t what, Clock::time_point until,
-                                 HandOver* handed) {
+// up the others for a moment only. Returns what they gave up.
+Bytes PhysicalBudget::ask_others(Account& asker, Bytes wanted, std::uint32_t what, Clock::time_point until) {
     if (!membership_ || serving) return 0;
     Bytes freed = 0;
     for (const Ledger::Pressable& other : ledger_->others_with_excess(membership_->index(), std::nullopt)) {
-        const Shortage shortage = ledger_->shortage(asker.id(), uncharged(wanted, handed));
+        const Shortage shortage = ledger_->shortage(asker.id(), wanted);
         if (shortage.own > 0 || shortage.common == 0) break;
         const Bytes before = ledger_->charged_of(other.member);
         const LedgerRequest request{what, std::min(shortage.common, other.excess), asker.priority(),
                                     nanoseconds_of(until), 0};
         const std::uint32_t number = ledger_->ask(other.member, request);
-        const std::uint64_t patience = nanoseconds_of(Clock::now() + answer_time);
-        std::uint32_t news = 0;
-        while (ledger_->hear(other.member, number, news, patience) == Ledger::Answer::under_way) {
-            if (handed != nullptr) handed->make_ahead();
-        }
+        (void)ledger_->await_answer(other.member, number, nanoseconds_of(Clock::now() + answer_time));
         const Bytes after = ledger_->charged_of(other.member);
         freed += before > after ? before - after : 0;
     }
