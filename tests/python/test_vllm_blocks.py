@@ -184,6 +184,26 @@ def test_nothing_is_given_up_within_a_step(make):
     engine.check()
 
 
+def test_who_asks_gets_an_eighth_of_what_is_cached_at_the_least(make):
+    """The oldest, by whole extents: he will ask again, and each time wait for a step of ours."""
+    engine = make(num_blocks=240)
+    for number in range(5):
+        request = request_of(number, [1000 * number + i for i in range(BLOCK * 40)])
+        assert admit(engine.manager, request) == 0
+        engine.manager.free(request)
+    engine.pool.end_step(idle=True)
+    extent = engine.memory.blocks.extent_bytes
+    cached = engine.pool.free_block_queue.num_free_blocks * engine.memory.blocks.block_stride
+    assert cached > 16 * extent
+    given = engine.pool.give_up(1)
+    assert cached // 8 <= given <= cached // 8 + 2 * extent
+    newest = request_of(9, [4000 + i for i in range(BLOCK * 40)])
+    assert admit(engine.manager, newest) == BLOCK * 39
+    oldest = request_of(10, list(range(BLOCK * 40)))
+    assert admit(engine.manager, oldest) < BLOCK * 39
+    engine.check()
+
+
 def test_no_more_prefixes_are_kept_than_wanted(make):
     engine = make(240, prefix_cache=10 * 4096)
     for n in range(5):
