@@ -91,7 +91,7 @@ Bytes Heap::try_grow(Bin& bin, const HeapRequest& request, HandOver& handed) {
         for (const auto& segment : bin.segments) resident += segment->resident;
         const Bytes ahead = align_down(resident / small_growth, pool_->page_size());
         if (over_limit(std::max(hole.pages, ahead)) == 0) {
-            hole.pages = std::min(std::max(hole.pages, ahead), hole.block->size);
+            hole.pages = grown(hole, std::min(std::max(hole.pages, ahead), hole.block->size));
         }
     }
     const Bytes exact = hole.pages;
@@ -109,7 +109,9 @@ Bytes Heap::try_grow(Bin& bin, const HeapRequest& request, HandOver& handed) {
         } else {
             // A little ahead of need in the same extent, as the driver's cost goes by the handle.
             const Bytes ahead = align_down(std::min(allowed - held, ahead_of(held)), pool_->page_size());
-            if (over_limit(hole.pages + ahead) == 0) hole.pages += std::min(ahead, hole.block->size - hole.pages);
+            if (over_limit(hole.pages + ahead) == 0) {
+                hole.pages = grown(hole, hole.pages + std::min(ahead, hole.block->size - hole.pages));
+            }
         }
     }
 
@@ -127,6 +129,12 @@ Bytes Heap::try_grow(Bin& bin, const HeapRequest& request, HandOver& handed) {
 
     fill(bin, hole, request.note);
     return 0;
+}
+
+// So many pages for the hole, unless what was moved away is still mapped among those that it would take on.
+Bytes Heap::grown(Hole hole, Bytes pages) const {
+    const Bytes found = std::exchange(hole.pages, pages);
+    return pages > found && pool_->is_leaving(begin_of(hole), pages) ? found : pages;
 }
 
 Bytes Heap::begin_of(const Hole& hole) const {

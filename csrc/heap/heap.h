@@ -175,6 +175,7 @@ class Heap final : public IdleHolder {
     Bytes largest_extent() const;
     Bytes ahead_of(Bytes held) const;
     Hole best_hole(const Bin& bin, Bytes size) const;
+    Bytes grown(Hole hole, Bytes pages) const;
     Bytes begin_of(const Hole& hole) const;
     void fill(Bin& bin, const Hole& hole, const Note& note);
     Hole add_range(Bin& bin, Bytes size);

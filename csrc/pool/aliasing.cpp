@@ -6,6 +6,7 @@
 // of such a place are not handed out; an idle place is unmapped at once and not parked. compact() leaves shared extents
 // where they are, export_extents() refuses them, and exported ones are copied where they would be shared.
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "pool/virtual_memory_pool.h"
@@ -161,6 +162,21 @@ void VirtualMemoryPool::copy_parts(const AliasPlan& plan, Stream stream, std::ve
         table_.for_each_extent(table_.pages_of(part), hold);
         table_.for_each_extent(table_.pages_of({part.begin - plan.shift, part.end - plan.shift}), hold);
     });
+}
+
+// Where else extents of these bytes are mapped with nothing in use there: they were moved from there, or a fork has ended.
+std::vector<ByteRange> VirtualMemoryPool::idle_places_of(ByteRange bytes) const {
+    std::vector<ByteRange> found;
+    if (table_.totals().aliased == 0) return found;
+    std::set<const Places*> shared;
+    table_.for_each_extent(table_.pages_of(bytes), [&](const Extent& extent) {
+        if (extent.shared()) shared.insert(extent.places.get());
+    });
+    if (shared.empty()) return found;
+    table_.for_each_extent({0, capacity()}, [&](const Extent& extent) {
+        if (extent.used == 0 && shared.count(extent.places.get()) > 0) found.push_back(extent.range);
+    });
+    return found;
 }
 
 // Unmaps idle places of shared extents, and idle host memory, from where memory is wanted, after device work that may

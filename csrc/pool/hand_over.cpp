@@ -82,7 +82,7 @@ Bytes HandOver::give_back() noexcept {
 // mapped at a place that the driver would not unmap, must not become anyone else's.
 bool VirtualMemoryPool::try_hand_over(Extent& extent, HandOver& to) noexcept {
     const bool elsewhere = extent.places && (extent.places->count > 1 || extent.places->lost);
-    if (extent.exported || extent.spilled || elsewhere) return false;
+    if (extent.exported || extent.spilled || elsewhere || !to.suits(extent.range.size())) return false;
     if (!extent.mapping->extent().try_end_former_place().ok()) return false;
     try {
         auto place = extent.mapping->make_former_place();
@@ -97,17 +97,17 @@ bool VirtualMemoryPool::try_hand_over(Extent& extent, HandOver& to) noexcept {
 // Where extents that changed hands and came here are still mapped, too. Lets the lock go around each. What the driver
 // refuses is tried again with the worker's next turn.
 void VirtualMemoryPool::end_former_places(std::unique_lock<std::mutex>& lock) {
+    std::vector<std::shared_ptr<FormerPlace>> refused;
     while (!former_places_.empty()) {
-        const std::shared_ptr<FormerPlace> place = former_places_.back();
+        const std::shared_ptr<FormerPlace> place = std::move(former_places_.back());
+        former_places_.pop_back();
         lock.unlock();
-        const Status status = place->try_end();
+        const bool ended = place->try_end().ok();
         lock.lock();
-        if (!status.ok()) {
-            ++reclaims_refused_;
-            return;
-        }
-        std::erase(former_places_, place);
+        if (!ended) refused.push_back(place);
     }
+    reclaims_refused_ += refused.size();
+    former_places_.insert(former_places_.end(), refused.begin(), refused.end());
 }
 
 }  // namespace elastikv

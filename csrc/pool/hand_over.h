@@ -31,22 +31,27 @@ class HandOver {
     // charge. False, and nothing has changed, where it does not suit or its charge can't be passed on.
     bool try_take(Budget* giver, const MeteredDriver& driver, const std::shared_ptr<PhysicalExtent>& extent) noexcept;
 
+    // Whether an extent of this size could be of use.
+    bool suits(Bytes size) const noexcept;
+
     // For the one who asked: how much of a gap the extents here fill, and the first of those, the largest first. With
     // what is left of that much, next() gives the others.
     Bytes fitting(Bytes gap) const noexcept;
     std::shared_ptr<PhysicalExtent> next(Bytes left) noexcept;
 
     Bytes total() const noexcept { return total_; }
-    // For the one who makes room: notes whether the budget has room for what the last attempt lacked. Whether it had at
-    // the attempt before, too: then it is the device that lacks it, and not just memory that came back meanwhile.
-    bool note_room(bool there) noexcept { return std::exchange(had_room_, there); }
+    // For the one who makes room, who says whether the budget has room for what the last attempt lacked: whether that is
+    // news, so that another attempt comes before anyone is asked. If not, it is the device that lacks it.
+    bool note_room(bool there) noexcept {
+        return room_is_news_ = there && !std::exchange(had_room_, there);
+    }
+    // What note_room answered last: nobody was asked then.
+    bool room_is_news() const noexcept { return room_is_news_; }
     // To the device, with the charge: what did not fit, or is no longer needed. Returns the bytes. What the driver
     // refuses twice stays charged, as it is still there, and counts as abandoned.
     Bytes give_back() noexcept;
 
   private:
-    bool suits(Bytes size) const noexcept;
-
     const MeteredDriverPtr driver_;
     const std::shared_ptr<Budget> budget_;
     const Bytes page_;
@@ -57,6 +62,7 @@ class HandOver {
     std::vector<std::shared_ptr<PhysicalExtent>> extents_;  // the largest first
     Bytes total_ = 0;
     bool had_room_ = false;
+    bool room_is_news_ = false;
 };
 
 }  // namespace elastikv

@@ -43,7 +43,7 @@ void VirtualMemoryPool::settle_passed(bool on_worker) {
         extent->zeroing.reset();
         return true;
     });
-    if (retiring_.empty()) return;
+    if (retiring_.empty() && !on_worker) return;  // the worker may be called for what another thread has settled
     for (const RetireBatch& batch : retiring_.take_passed()) {
         for (const ByteRange& part : batch.parts) table_.settle(part, batch.id);
     }
@@ -287,7 +287,7 @@ bool VirtualMemoryPool::work_step() {
         lock.lock();
     }
     end_former_places(lock);
-    return !retiring_.empty() || !scrubbing_.empty() || !former_places_.empty();
+    return !retiring_.empty() || !scrubbing_.empty();
 }
 
 bool VirtualMemoryPool::is_welcome(const Prefetch& wanted) const {

@@ -6,8 +6,9 @@ namespace elastikv {
 std::vector<ExportedExtent> VirtualMemoryPool::export_extents(Bytes offset, Bytes size) {
     process_.require_same_process();
     const ByteRange bytes = checked_range(offset, size);
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     require_open();
+    clear_unparkable(lock, idle_places_of(bytes));
     require_awake(bytes);
     if (!table_.is_used(bytes)) throw NotMapped(bytes, table_.live().first_gap(bytes));
     table_.for_each_extent(table_.pages_of(bytes), [](const Extent& extent) {

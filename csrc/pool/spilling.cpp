@@ -19,7 +19,7 @@ Bytes VirtualMemoryPool::spill(const std::vector<ByteRange>& parts, Bytes wanted
     std::unique_lock lock(mutex_);
     wait_until_still(lock);
     require_open();
-    settle_passed();
+    for (const ByteRange& part : parts) clear_unparkable(lock, idle_places_of(checked_range(part.begin, part.size())));
     std::vector<Bytes> chosen;
     for (const ByteRange& part : parts) {
         checked_range(part.begin, part.size());

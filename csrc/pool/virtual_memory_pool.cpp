@@ -117,8 +117,8 @@ Bytes VirtualMemoryPool::try_with_room(const std::function<Bytes(HandOver&)>& at
         // What was idle here may have gone back to make room, and lacks too from then on.
         if (lacking <= waited_for) return lacking;
         // Tried again whatever that frees: the worker or another thread may give memory back meanwhile.
-        waited_for = lacking;
         make_room(lacking, true, &handed);
+        if (!handed.room_is_news()) waited_for = lacking;
     }
 }
 

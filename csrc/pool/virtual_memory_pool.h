@@ -279,6 +279,7 @@ class VirtualMemoryPool {
     void map_alias(Extent& source, Bytes shift, Stream stream, std::vector<Extent>& aliases);
     void copy_parts(const AliasPlan& plan, Stream stream, std::vector<Extent>& fresh, bool& busy);
     void clear_unparkable(std::unique_lock<std::mutex>& lock, std::span<const ByteRange> parts);
+    std::vector<ByteRange> idle_places_of(ByteRange bytes) const;
     void collect_fences(const Extent& extent, std::vector<FencePtr>& fences) const;
 
     // relocation.cpp

@@ -147,7 +147,7 @@ Bytes PhysicalBudget::make_room(Account& asker, Bytes wanted, bool wait, Clock::
     if (membership_) ledger_->reap();
     Ladder ladder(*ledger_, asker, wanted, handed);
     // What came back since the attempt is worth another one before anybody is asked for anything.
-    if (handed != nullptr && !handed->note_room(ladder.has_room()) && ladder.has_room()) return wanted;
+    if (handed != nullptr && handed->note_room(ladder.has_room())) return wanted;
     const Accounts all = accounts();
     Accounts own;
     Accounts others;

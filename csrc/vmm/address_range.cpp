@@ -25,7 +25,7 @@ AddressRange::~AddressRange() {
 void AddressRange::remember(const std::shared_ptr<FormerPlace>& place) {
     const std::lock_guard lock(mutex_);
     if (former_places_.size() == former_places_.capacity()) {  // not each time, as there may be thousands
-        std::erase_if(former_places_, [](const auto& each) { return each.expired(); });
+        std::erase_if(former_places_, [](const auto& each) { return each->has_ended(); });
     }
     former_places_.push_back(place);
 }
@@ -33,9 +33,8 @@ void AddressRange::remember(const std::shared_ptr<FormerPlace>& place) {
 Status AddressRange::try_clear(Address address, Bytes size) noexcept {
     Status status;
     const std::lock_guard lock(mutex_);
-    std::erase_if(former_places_, [&](const std::weak_ptr<FormerPlace>& each) {
-        const auto place = each.lock();
-        if (!place) return true;
+    std::erase_if(former_places_, [&](const std::shared_ptr<FormerPlace>& place) {
+        if (place->has_ended()) return true;
         if (!status.ok() || !place->overlaps(address, size)) return false;
         status = place->try_end();
         return status.ok();

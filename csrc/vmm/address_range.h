@@ -23,7 +23,8 @@ class AddressRange {
     Bytes size() const { return size_; }
     VmmDriver& driver() const { return *driver_; }
 
-    // The place, which is in this range, is ended before anything else is mapped there. Throws std::bad_alloc.
+    // The place, which is in this range, is ended before anything else is mapped there; until it has ended, neither the
+    // place nor the range goes, whatever becomes of the extent. Throws std::bad_alloc.
     void remember(const std::shared_ptr<FormerPlace>& place);
     // Ends what former places there are in [address, address + size). After a failure some may be left.
     Status try_clear(Address address, Bytes size) noexcept;
@@ -35,7 +36,7 @@ class AddressRange {
     Address base_;
     Bytes size_;
     std::mutex mutex_;  // held while places are ended
-    std::vector<std::weak_ptr<FormerPlace>> former_places_;
+    std::vector<std::shared_ptr<FormerPlace>> former_places_;
 };
 
 }  // namespace elastikv

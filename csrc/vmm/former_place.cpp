@@ -3,11 +3,17 @@
 namespace elastikv {
 
 Status FormerPlace::try_end() noexcept {
+    if (process_.forked()) return {StatusCode::unavailable, DriverCall::unmap, 0};
     const std::lock_guard lock(mutex_);
     if (!range_) return Status::success();
     const Status status = range_->driver().unmap(address_, size_);
     if (status.ok()) range_.reset();
     return status;
+}
+
+bool FormerPlace::has_ended() const noexcept {
+    const std::lock_guard lock(mutex_);
+    return range_ == nullptr;
 }
 
 }  // namespace elastikv

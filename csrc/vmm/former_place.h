@@ -4,6 +4,7 @@
 #include <memory>
 #include <mutex>
 
+#include "driver/fork_guard.h"
 #include "vmm/address_range.h"
 
 namespace elastikv {
@@ -18,8 +19,9 @@ class FormerPlace {
     FormerPlace(std::shared_ptr<AddressRange> range, Address address, Bytes size)
         : address_(address), size_(size), range_(std::move(range)) {}
 
-    // Unmaps, unless that was done before. After a failure it is still mapped.
+    // Unmaps, unless that was done before. After a failure it is still mapped. In a forked child always a failure.
     Status try_end() noexcept;
+    bool has_ended() const noexcept;
     bool overlaps(Address address, Bytes size) const {
         return ByteRange{address_, address_ + size_}.overlaps({address, address + size});
     }
@@ -27,7 +29,8 @@ class FormerPlace {
   private:
     const Address address_;
     const Bytes size_;
-    std::mutex mutex_;                     // guards what follows, also during the driver's call
+    const ProcessGuard process_;
+    mutable std::mutex mutex_;             // guards what follows, also during the driver's call
     std::shared_ptr<AddressRange> range_;  // null once it has ended
 };
 

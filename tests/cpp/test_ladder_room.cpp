@@ -1,4 +1,7 @@
 // The reclaim ladder where the ledger has room: memory came back meanwhile, or it is the device that has none.
+#include <functional>
+#include <optional>
+#include <string>
 #include <utility>
 
 #include "shared/shared_memory_pool.h"
@@ -69,6 +72,55 @@ TEST_CASE("memory that comes back while a claim fails is taken before anyone is 
     CHECK(keeper->asked == 0);
     CHECK(busy->quota().charged == 0);
     CHECK(shared.global_stats().physical_usage == 8 * page);
+}
+
+// Calls the test before and after a request for room that may wait.
+class Between final : public Budget {
+  public:
+    explicit Between(AccountPtr account) : account_(std::move(account)) {}
+    bool try_charge(Bytes bytes) noexcept override { return account_->try_charge(bytes); }
+    void refund(Bytes bytes) noexcept override { account_->refund(bytes); }
+    bool try_pass_on(Bytes bytes, Budget& to) noexcept override { return account_->try_pass_on(bytes, to); }
+    Bytes available() const noexcept override { return account_->available(); }
+    bool in_demand() const noexcept override { return account_->in_demand(); }
+    Bytes make_room(Bytes wanted, bool wait, HandOver* handed) override {
+        if (wait) before();
+        const Bytes freed = account_->make_room(wanted, wait, handed);
+        if (wait) after();
+        return freed;
+    }
+    std::optional<Grant> wait_for_room(Bytes bytes, const WaitOptions& wait) override {
+        return account_->wait_for_room(bytes, wait);
+    }
+    void add_idle_holder(const std::weak_ptr<IdleHolder>& holder) override { account_->add_idle_holder(holder); }
+    std::string describe_holders() const override { return account_->describe_holders(); }
+    void note_refusal() noexcept override { account_->note_refusal(); }
+
+    std::function<void()> before, after;
+
+  private:
+    const AccountPtr account_;
+};
+
+TEST_CASE("room that was there and is gone again has not been asked for", "[shared][ladder]") {
+    const auto host = std::make_shared<HostDriver>();
+    const Bytes page = host->capabilities().granularity;
+    SharedMemoryPool shared(8 * page, host);
+    const auto keeper = keeper_of(shared.register_model("keeping", MiB), 4 * page);
+    const ModelPtr rival = shared.register_model("rival", MiB);
+    rival->allocate(4 * page);
+    const auto budget = std::make_shared<Between>(shared.register_model("asker", MiB)->account());
+    bool done = false;
+    budget->before = [&] {
+        if (!done) rival->deallocate(0, 4 * page);
+    };
+    budget->after = [&] {
+        if (!std::exchange(done, true)) rival->allocate(4 * page);
+    };
+    VirtualMemoryPool pool(MiB, host, {}, budget);
+    pool.allocate(0, 4 * page);
+    CHECK(done);
+    CHECK(keeper->asked == 1);
 }
 
 TEST_CASE("where the device lacks what the ledger has room for, those who keep memory are asked", "[shared][ladder]") {
