@@ -164,7 +164,8 @@ void VirtualMemoryPool::copy_parts(const AliasPlan& plan, Stream stream, std::ve
     });
 }
 
-// Where else extents of these bytes are mapped with nothing in use there: they were moved from there, or a fork has ended.
+// Where else extents of these bytes are mapped with nothing in use there: they were moved from there, or a fork has
+// ended.
 std::vector<ByteRange> VirtualMemoryPool::idle_places_of(ByteRange bytes) const {
     std::vector<ByteRange> found;
     if (table_.totals().aliased == 0) return found;

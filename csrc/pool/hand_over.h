@@ -40,11 +40,9 @@ class HandOver {
     std::shared_ptr<PhysicalExtent> next(Bytes left) noexcept;
 
     Bytes total() const noexcept { return total_; }
-    // For the one who makes room, who says whether the budget has room for what the last attempt lacked: whether that is
-    // news, so that another attempt comes before anyone is asked. If not, it is the device that lacks it.
-    bool note_room(bool there) noexcept {
-        return room_is_news_ = there && !std::exchange(had_room_, there);
-    }
+    // For the one who makes room, who says whether the budget has room for what the last attempt lacked: whether that
+    // is news, so that another attempt comes before anyone is asked. If not, it is the device that lacks it.
+    bool note_room(bool there) noexcept { return room_is_news_ = there && !std::exchange(had_room_, there); }
     // What note_room answered last: nobody was asked then.
     bool room_is_news() const noexcept { return room_is_news_; }
     // To the device, with the charge: what did not fit, or is no longer needed. Returns the bytes. What the driver

@@ -1,4 +1,5 @@
-// Where extents were, before they moved or changed hands: mapped for a while yet, and then gone, whatever comes between.
+// Where extents were, before they moved or changed hands: mapped for a while yet, and then gone, whatever comes
+// between.
 #include <atomic>
 #include <thread>
 
@@ -39,7 +40,8 @@ TEST_CASE("a place that an extent left goes, whichever thread learns that its wo
     }
 }
 
-TEST_CASE("an extent that has just moved can be exported and spilled, after the work at its old place", "[pool][relocation]") {
+TEST_CASE("an extent that has just moved can be exported and spilled, after the work at its old place",
+          "[pool][relocation]") {
     Moved at;
     CHECK(at.pool.export_extents(8 * at.page, 2 * at.page).size() == 1);
     CHECK_FALSE(at.pool.is_leaving(0, 2 * at.page));

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -79,6 +81,71 @@ def test_weights_that_are_loaded_later_count(device):
     with JoinedProjections(network):
         network.load_state_dict(other.state_dict())
         torch.testing.assert_close(logits_of(network, tokens), expected, rtol=1e-3, atol=2e-3)
+
+
+def test_weights_that_go_elsewhere_are_read_there(device):
+    tokens, _ = prompts(device)
+    other = make_network("gqa", device)
+    with torch.no_grad():
+        for each in other.parameters():
+            each.mul_(0.9)
+    expected = logits_of(other, tokens)
+
+    def replaced(network):
+        for layer in range(LAYERS):
+            for mine, theirs in zip(projections(network, layer), projections(other, layer)):
+                mine.weight = torch.nn.Parameter(theirs.weight.clone())
+        network.load_state_dict(other.state_dict())
+        return network
+
+    def copied(network):
+        network = copy.deepcopy(network)
+        assert all(type(part) is torch.nn.Linear for part in projections(network))
+        network.load_state_dict(other.state_dict())
+        return network
+
+    def assigned(network):
+        network.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
+        return network
+
+    for change in (replaced, copied, assigned):
+        network = make_network("gqa", device)
+        with JoinedProjections(network):
+            torch.testing.assert_close(logits_of(change(network), tokens), expected, rtol=1e-3, atol=2e-3)
+    network = make_network("gqa", device)
+    with JoinedProjections(network):
+        assert logits_of(network.double(), tokens).dtype == torch.float64
+
+
+def test_projections_of_different_inputs_part_again(device):
+    network = make_network("gqa", device)
+    first, second = (torch.randn(1, 2, SIZES["hidden_size"], device=device, dtype=network.dtype) for _ in range(2))
+    parts = projections(network)
+    expected = [part(states) for part, states in zip(parts, (first, second, second))]
+    with JoinedProjections(network):
+        for part, states, value in zip(parts, (first, second, second), expected):
+            torch.testing.assert_close(part(states), value, rtol=1e-3, atol=2e-3)
+        assert all(type(part) is torch.nn.Linear for part in parts)
+        assert type(projections(network, 1)[0]) is not torch.nn.Linear
+
+
+def test_nothing_is_joined_where_memory_ends_midway(device, monkeypatch):
+    network = make_network("gqa", device)
+    tokens, _ = prompts(device)
+    expected, join, calls = logits_of(network, tokens), torch.cat, []
+
+    def cat(*given, **options):
+        calls.append(given)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no more")
+        return join(*given, **options)
+
+    monkeypatch.setattr("elastikv.hf.projections.torch.cat", cat)
+    with pytest.raises(torch.OutOfMemoryError):
+        JoinedProjections(network)
+    monkeypatch.undo()
+    assert all(type(part) is torch.nn.Linear for layer in range(LAYERS) for part in projections(network, layer))
+    assert torch.equal(logits_of(network, tokens), expected)
 
 
 def test_who_asks_twice_gets_nothing_the_second_time(device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -17,13 +18,21 @@ class JoinedProjections:
 
     The weights come to lie side by side, each still the parameter that it was, a view now: the model holds no more
     memory than before, but for one layer's share while that one is moved. Values are the same to its roundings.
-    What is not made of three plain Linear layers of one input, or is quantized, hooked or offloaded, stays as it is;
-    `len` says how many attentions take part. Works eagerly, in a graph, and compiled; for inference only. To be made
-    before a graph is captured, and not to be undone beneath one. Not thread-safe: the model is one's own meanwhile.
+    What is not made of three plain Linear layers of one input, or is quantized, hooked or offloaded, stays as it is.
+    What is cast, moved or replaced later runs by itself from then on, but a compiled model does not look: join first,
+    compile then, and neither before the weights are where they stay. `len` says how many attentions take part. For
+    inference only; to be made before a graph is captured, and not to be undone beneath one. Not thread-safe: the model
+    is one's own meanwhile.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._groups = [_Group(linears) for linears in _joinable(model)]
+        self._groups: list[_Group] = []
+        try:
+            for linears in _joinable(model):
+                self._groups.append(_Group(linears))
+        except BaseException:
+            self.undo()
+            raise
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -60,14 +69,19 @@ class _Group:
             part: Any = each
             part.__class__ = _Part
             part.joined, part.columns = self, slice(begin, end)
+            part.places = _places_of(part)
             begin = end
         self._states: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
         self._taken = 0
 
-    def part(self, states: torch.Tensor, columns: slice) -> torch.Tensor:
-        if self._output is None or self._states is not states:
+    def part(self, states: torch.Tensor, columns: slice) -> torch.Tensor | None:
+        """None where the projections turn out to have different inputs, or one was left out: they are apart then."""
+        if self._output is None:
             self._states, self._output, self._taken = states, linear(states, self._weight, self._bias), 0
+        elif self._states is not states:
+            self.leave()
+            return None
         output = self._output[..., columns]
         self._taken += 1
         if self._taken == len(self._linears):
@@ -75,18 +89,40 @@ class _Group:
         return output
 
     def leave(self) -> None:
+        self._states = self._output = None
         for each in self._linears:
             part: Any = each
-            del part.joined, part.columns
-            part.__class__ = torch.nn.Linear
+            if type(each) is _Part:
+                del part.joined, part.columns, part.places
+                part.__class__ = torch.nn.Linear
 
 
 class _Part(torch.nn.Linear):
     joined: _Group
     columns: slice
+    places: tuple[int, ...]
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.joined.part(states, self.columns)
+        # Weights that were moved, cast or replaced since are no longer those of the one matrix.
+        if torch.compiler.is_compiling() or _places_of(self) == self.places:
+            output = self.joined.part(states, self.columns)
+            if output is not None:
+                return output
+        return linear(states, self.weight, self.bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Linear:
+        """By itself, as the copy's weights are its own."""
+        plain = torch.nn.Linear.__new__(torch.nn.Linear)
+        memo[id(self)] = plain
+        own = ("joined", "columns", "places")
+        plain.__dict__.update(
+            {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name not in own}
+        )
+        return plain
+
+
+def _places_of(part: torch.nn.Linear) -> tuple[int, ...]:
+    return (part.weight.data_ptr(),) if part.bias is None else (part.weight.data_ptr(), part.bias.data_ptr())
 
 
 def _joinable(model: torch.nn.Module) -> Iterator[list[torch.nn.Linear]]:
