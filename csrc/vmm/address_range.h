@@ -5,6 +5,7 @@
 #include <mutex>
 #include <vector>
 
+#include "base/interval_set.h"
 #include "driver/metered_driver.h"
 
 namespace elastikv {
@@ -23,9 +24,10 @@ class AddressRange {
     Bytes size() const { return size_; }
     VmmDriver& driver() const { return *driver_; }
 
-    // The place, which is in this range, is ended before anything else is mapped there; until it has ended, neither the
-    // place nor the range goes, whatever becomes of the extent. Throws std::bad_alloc.
+    // The place, which is in this range, is ended before anything else is mapped there. Throws std::bad_alloc.
     void remember(const std::shared_ptr<FormerPlace>& place);
+    // What a former place that is gone could not unmap: tried again before anything else is mapped there.
+    void inherit(ByteRange mapped) noexcept;
     // Ends what former places there are in [address, address + size). After a failure some may be left.
     Status try_clear(Address address, Bytes size) noexcept;
 
@@ -35,8 +37,9 @@ class AddressRange {
     MeteredDriverPtr driver_;
     Address base_;
     Bytes size_;
-    std::mutex mutex_;  // held while places are ended
-    std::vector<std::shared_ptr<FormerPlace>> former_places_;
+    std::recursive_mutex mutex_;  // held while places are ended, the last of which may leave something to inherit
+    std::vector<std::weak_ptr<FormerPlace>> former_places_;
+    std::vector<ByteRange> inherited_;
 };
 
 }  // namespace elastikv

@@ -2,6 +2,10 @@
 
 namespace elastikv {
 
+FormerPlace::~FormerPlace() {
+    if (range_ && !process_.forked()) range_->inherit({address_, address_ + size_});
+}
+
 Status FormerPlace::try_end() noexcept {
     if (process_.forked()) return {StatusCode::unavailable, DriverCall::unmap, 0};
     const std::lock_guard lock(mutex_);
@@ -9,11 +13,6 @@ Status FormerPlace::try_end() noexcept {
     const Status status = range_->driver().unmap(address_, size_);
     if (status.ok()) range_.reset();
     return status;
-}
-
-bool FormerPlace::has_ended() const noexcept {
-    const std::lock_guard lock(mutex_);
-    return range_ == nullptr;
 }
 
 }  // namespace elastikv

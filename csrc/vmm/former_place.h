@@ -19,9 +19,13 @@ class FormerPlace {
     FormerPlace(std::shared_ptr<AddressRange> range, Address address, Bytes size)
         : address_(address), size_(size), range_(std::move(range)) {}
 
+    // What is still mapped then is the range's.
+    ~FormerPlace();
+    FormerPlace(const FormerPlace&) = delete;
+    FormerPlace& operator=(const FormerPlace&) = delete;
+
     // Unmaps, unless that was done before. After a failure it is still mapped. In a forked child always a failure.
     Status try_end() noexcept;
-    bool has_ended() const noexcept;
     bool overlaps(Address address, Bytes size) const {
         return ByteRange{address_, address_ + size_}.overlaps({address, address + size});
     }
@@ -30,7 +34,7 @@ class FormerPlace {
     const Address address_;
     const Bytes size_;
     const ProcessGuard process_;
-    mutable std::mutex mutex_;             // guards what follows, also during the driver's call
+    std::mutex mutex_;                     // guards what follows, also during the driver's call
     std::shared_ptr<AddressRange> range_;  // null once it has ended
 };
 
