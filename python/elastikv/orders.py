@@ -66,7 +66,7 @@ class _Obedience:
                 order = self._orders.popleft()
             try:
                 self._actions[order.kind]()
-            except Exception as error:
+            except BaseException as error:  # SystemExit, too, or later orders would wait for a thread that is gone
                 order.refuse(str(error) or type(error).__name__)
             else:
                 order.done()

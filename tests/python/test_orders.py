@@ -172,3 +172,13 @@ def test_an_order_that_nobody_answers_is_refused(own):
     with pytest.raises(elastikv.LedgerError, match="let the order go"):
         elastikv.Ledger(own.name).sleep("chat")
     assert kinds == [("sleep", "<elastikv.Order to sleep>")]
+
+
+def test_what_exits_is_told_and_later_orders_are_obeyed(own):
+    model = own.register_model("chat", 1 << 30)
+    elastikv.obey(model, sleep=lambda: sys.exit("enough"), wake=lambda: None)
+    ledger = elastikv.Ledger(own.name)
+    for _ in range(2):
+        with pytest.raises(elastikv.LedgerError, match="does not sleep: enough"):
+            ledger.sleep("chat", timeout=30)
+        ledger.wake("chat", timeout=30)

@@ -216,6 +216,18 @@ def test_no_more_prefixes_are_kept_than_wanted(make):
     assert engine.settled() <= 12 * 4096
 
 
+def test_what_ends_while_asleep_evicts_no_prefixes(make):
+    engine = make(240, prefix_cache=10 * 4096)
+    requests = [request_of(n, [1000 * n + i for i in range(BLOCK * 30 + 1)]) for n in range(2)]
+    for request in requests:
+        assert admit(engine.manager, request) == 0
+    engine.memory.pause()
+    for request in requests:
+        engine.manager.free(request)
+    assert engine.pool.free_block_queue.num_free_blocks == 60
+    engine.memory.resume(1.0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_two_engines_under_pressure(make, seed):
     """A limit far below what both would take: no block is handed out twice, memory follows, and nothing is left."""

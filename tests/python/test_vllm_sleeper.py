@@ -225,3 +225,47 @@ def test_who_finds_no_room_sleeps_on(monkeypatch):
     finally:
         other.close()
         engine.close()  # asleep
+
+
+@pytest.mark.parametrize("failing", ["sleep", "wake"])
+def test_weights_and_cache_sleep_on_together_where_others_took_the_room(monkeypatch, failing):
+    monkeypatch.setattr("elastikv.vllm.sleeper.ROOM_TIMEOUT", 0.05)
+    limit = 30 * 4096
+    engine, served = elastic(100, fresh_pool(), limit=limit)
+    core = Core(engine, served, weights=True)
+    other = HostEngine(cache_config(200), engine.settings.pool, name="other", limit=limit)
+    request = request_of(1000, list(range(16 * 110)))
+    executor = core.model_executor
+    sleep = executor.sleep
+
+    def fill_and_fail(level):
+        assert other.manager.allocate_slots(request, 16 * 110) is not None
+        raise RuntimeError("no room for weights on the host")
+
+    try:
+        served.add(0, list(range(200)))
+        while len(served.got.get("0", [])) < 3:
+            core.step()
+        if failing == "sleep":
+            executor.sleep = fill_and_fail
+            with pytest.raises(elastikv.LedgerError, match="does not sleep"):
+                ledger(engine).sleep("chat")
+            executor.sleep = sleep
+            assert engine.sleeper.asleep and engine.memory.asleep
+            assert core.scheduler.pause_state is PauseState.PAUSED_ALL
+            ledger(engine).sleep("chat")  # now the weights do, too
+        else:
+            ledger(engine).sleep("chat")
+            assert other.manager.allocate_slots(request, 16 * 110) is not None
+            with pytest.raises(elastikv.LedgerError, match="does not wake"):
+                ledger(engine).wake("chat")
+        assert executor.is_sleeping and engine.sleeper.asleep
+        other.manager.free(request)
+        other.pool.reset_prefix_cache()
+        ledger(engine).wake("chat")
+        assert not executor.is_sleeping and not engine.memory.asleep
+        finish(core)
+        served.check()
+    finally:
+        other.close()
+        engine.close()

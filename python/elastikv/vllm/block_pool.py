@@ -208,7 +208,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             self._can_be_had = None
             if gone:
                 self._give_back(gone)
-            if cached and self._too_many() > 0:
+            if cached and not self.memory.asleep and self._too_many() > 0:  # asleep, nothing would count as freed
                 self._return_stock()  # or it would count for what is evicted
                 while (over := self._too_many()) > 0 and self._evict(over) > 0:
                     pass  # extents that had free blocks, too, count for more than what was cached on them

@@ -43,11 +43,15 @@ class Sleeper:
     def fall_asleep(self) -> None:
         """Once the step under way is over. All or nothing; nothing where it sleeps already.
 
-        Raises what Model.pause raises.
+        Raises what Model.pause raises. Where the weights fail to sleep and others took the room meanwhile, the KV
+        cache sleeps on until it is woken.
         """
         scheduler = self._core.scheduler
         before = scheduler.pause_state
         if self.asleep:
+            with self.between_steps:
+                if self.asleep:
+                    self._put_weights_to_sleep()  # where they failed to
             return
         scheduler.set_pause_state(PauseState.PAUSED_ALL)  # or steps would follow each other too closely to come between
         try:
@@ -56,17 +60,23 @@ class Sleeper:
                 pool = scheduler.kv_cache_manager.block_pool
                 pool.end_step(idle=True)
                 pool.give_up(ALL)  # prefixes that nobody uses are not worth a copy
-                with pool.step_lock:
-                    self._memory.pause()
-                try:
-                    self._put_weights_to_sleep()
-                except BaseException:
-                    with pool.step_lock:
-                        self._memory.resume(ROOM_TIMEOUT)
-                    raise
                 self._before = before
+                try:
+                    with pool.step_lock:
+                        self._memory.pause()
+                    try:
+                        self._put_weights_to_sleep()
+                    except BaseException:
+                        with pool.step_lock:
+                            self._memory.resume(ROOM_TIMEOUT)
+                        raise
+                except BaseException:
+                    if not self._memory.asleep:  # else others took the room meanwhile: it sleeps until it is woken
+                        self._before = None
+                    raise
         except BaseException:
-            scheduler.set_pause_state(before)
+            if not self.asleep:
+                scheduler.set_pause_state(before)
             raise
         logger.info("the KV cache sleeps, by order; requests wait")
 
@@ -87,11 +97,17 @@ class Sleeper:
                 return
             self._use_device()
             executor = self._core.model_executor
-            if self._weights and executor.is_sleeping:
-                executor.wake_up()
+            step_lock = scheduler.kv_cache_manager.block_pool.step_lock
+            with step_lock:
+                self._memory.resume(ROOM_TIMEOUT)  # first, as it is what others may refuse
+            try:
+                if self._weights and executor.is_sleeping:
+                    executor.wake_up()
+            except BaseException:
+                with step_lock:
+                    self._memory.pause()
+                raise
             self._weights = False
-            with scheduler.kv_cache_manager.block_pool.step_lock:
-                self._memory.resume(ROOM_TIMEOUT)
             before, self._before = self._before, None
             if resume and scheduler.pause_state == PauseState.PAUSED_ALL:  # else vLLM has paused it meanwhile
                 scheduler.set_pause_state(before)
