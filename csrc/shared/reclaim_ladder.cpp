@@ -196,6 +196,10 @@ void PhysicalBudget::serve(const LedgerRequest& request) noexcept {
     try {
         all = accounts();
         serving = true;
+        // First, as what follows may take long, and fail where an IdleHolder does.
+        if ((request.what & ask_orders) != 0) {
+            for (const AccountPtr& each : all) each->take_order();
+        }
         for (const AccountPtr& each : all) {
             if (const Bytes over = each->quota().overage; over > 0) each->reclaim(over, false);
         }
@@ -209,9 +213,6 @@ void PhysicalBudget::serve(const LedgerRequest& request) noexcept {
                 const Clock::time_point until{std::chrono::nanoseconds(request.until)};
                 if (ladder.lacking() > 0) ladder.press(all, request.priority, until);
             }
-        }
-        if ((request.what & ask_orders) != 0) {
-            for (const AccountPtr& each : all) each->take_order();
         }
         if ((request.what & ask_stats) != 0) {
             for (const AccountPtr& each : all) each->tell();

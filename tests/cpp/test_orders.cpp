@@ -8,6 +8,7 @@
 
 #include "shared/ledger_view.h"
 #include "shared/shared_memory_pool.h"
+#include "support/child.h"
 #include "support/pool_fixture.h"
 
 namespace elastikv::testing {
@@ -96,6 +97,42 @@ TEST_CASE("refusals say why", "[orders]") {
     REQUIRE(refusal(view).find("let the order go") != std::string::npos);
     account->set_order_callback(nullptr);
     REQUIRE_THROWS_AS(view.order("chat", {}, order_sleep, long_enough, {}), InvalidArgument);
+}
+
+TEST_CASE("an order is passed on where what else is asked for fails", "[orders]") {
+    class Failing final : public IdleHolder {
+      public:
+        Bytes release_idle(Bytes) override { throw PoolClosed("its cache is gone"); }
+    };
+    const std::string name = fresh_name("beside");
+    const auto budget = PhysicalBudget::join(name, 16 * MiB, host_driver()->capabilities());
+    const AccountPtr account = budget->open("chat");
+    const auto holder = std::make_shared<Failing>();
+    account->add_idle_holder(holder);
+    account->set_order_callback([](const std::shared_ptr<Order>& order) { order->done(); });
+    const std::uint32_t number = budget->ledger()->give_order(account->id(), order_sleep);
+    REQUIRE(number != 0);
+    LedgerRequest request;
+    request.what = ask_trim | ask_orders;
+    (void)budget->ledger()->ask(0, request);
+    const auto outcome = budget->ledger()->await_order(account->id(), number, long_enough);
+    REQUIRE(outcome.has_value());
+    CHECK(outcome->result == order_obeyed);
+}
+
+TEST_CASE("a forked child that drops an order leaves it to its parent", "[orders][fork]") {
+    Shared shared("forked");
+    const LedgerView view(shared.name);
+    std::promise<std::shared_ptr<Order>> given;
+    shared.model->account()->set_order_callback([&](const std::shared_ptr<Order>& order) { given.set_value(order); });
+    std::thread person([&] { view.order("chat", {}, order_sleep, long_enough, {}); });
+    std::shared_ptr<Order> order = given.get_future().get();
+    CHECK(in_child([&] {
+              order.reset();
+              return 0;
+          }) == 0);
+    order->done();
+    person.join();
 }
 
 TEST_CASE("a wait for an order ends with its time, when it is called off, and with the model", "[orders]") {
