@@ -36,8 +36,7 @@ void AddressRange::inherit(ByteRange mapped) noexcept {
     const std::lock_guard lock(mutex_);
     try {
         inherited_.push_back(mapped);
-    } catch (
-        const std::bad_alloc&) {  // NOLINT(bugprone-empty-catch): it stays mapped, and the driver refuses the place
+    } catch (const std::bad_alloc&) {  // NOLINT(bugprone-empty-catch): it stays mapped; the driver refuses the place
     }
 }
 

@@ -5,7 +5,7 @@
 #include <mutex>
 #include <vector>
 
-#include "base/interval_set.h"
+#include "base/units.h"
 #include "driver/metered_driver.h"
 
 namespace elastikv {

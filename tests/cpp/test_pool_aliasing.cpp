@@ -6,12 +6,6 @@
 namespace elastikv::testing {
 namespace {
 
-AllocateOptions in_extents_of(Bytes size) {
-    AllocateOptions options;
-    options.extents.largest = size;
-    return options;
-}
-
 // Extents of 2 pages from 0 on, 9 pages and a few bytes, with a value for each page.
 void prepare_source(PoolFixture& at) {
     at.pool->allocate(0, 9 * at.page + 100, in_extents_of(2 * at.page));

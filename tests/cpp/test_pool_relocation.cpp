@@ -7,12 +7,6 @@
 namespace elastikv::testing {
 namespace {
 
-AllocateOptions in_extents_of(Bytes size) {
-    AllocateOptions options;
-    options.extents.largest = size;
-    return options;
-}
-
 // Extents of 2 pages in the first 8, each page with a value of its own.
 void prepare(PoolFixture& at) {
     at.pool->allocate(0, 8 * at.page, in_extents_of(2 * at.page));

@@ -37,6 +37,14 @@ def projections(network, layer: int = 0) -> list:
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
+def with_other_weights(device: str):
+    network = make_network("gqa", device)
+    with torch.no_grad():
+        for each in network.parameters():
+            each.mul_(0.9)
+    return network
+
+
 def logits_of(network, tokens) -> torch.Tensor:
     with torch.inference_mode():
         return network(tokens).logits
@@ -73,10 +81,7 @@ def test_the_same_values_from_one_matrix(device, bias):
 def test_weights_that_are_loaded_later_count(device):
     network = make_network("gqa", device)
     tokens, _ = prompts(device)
-    other = make_network("gqa", device)
-    with torch.no_grad():
-        for each in other.parameters():
-            each.mul_(0.9)
+    other = with_other_weights(device)
     expected = logits_of(other, tokens)
     with JoinedProjections(network):
         network.load_state_dict(other.state_dict())
@@ -85,10 +90,7 @@ def test_weights_that_are_loaded_later_count(device):
 
 def test_weights_that_go_elsewhere_are_read_there(device):
     tokens, _ = prompts(device)
-    other = make_network("gqa", device)
-    with torch.no_grad():
-        for each in other.parameters():
-            each.mul_(0.9)
+    other = with_other_weights(device)
     expected = logits_of(other, tokens)
 
     def replaced(network):

@@ -134,6 +134,12 @@ inline AllocateOptions zeroed() {
     return options;
 }
 
+inline AllocateOptions in_extents_of(Bytes size) {
+    AllocateOptions options;
+    options.extents.largest = size;
+    return options;
+}
+
 inline AllocateOptions on_stream(std::uintptr_t stream) {
     AllocateOptions options;
     options.stream = {stream};
