@@ -164,8 +164,9 @@ class Ledger {
     std::optional<LedgerOrder> next_order(ClientId id, std::uint32_t after) noexcept;
     // Settles those before, too. Nothing where it is settled already.
     void settle_order(ClientId id, std::uint32_t number, LedgerOrderResult result, const std::string& why) noexcept;
-    // Sleeps until it may be settled, `at_most` nanoseconds; nothing where it is not. Who ended has refused.
-    std::optional<LedgerOutcome> await_order(ClientId id, std::uint32_t number, std::uint64_t at_most) noexcept;
+    // Sleeps until it may be settled, `at_most` nanoseconds; nothing where it is not. Refused where the
+    // client ended, or another kind of order was settled before this one's result was read.
+    std::optional<LedgerOutcome> await_order(ClientId id, const LedgerOrder& order, std::uint64_t at_most) noexcept;
 
     // What is wrong with the sums, empty if nothing; for tests.
     std::string check() const;

@@ -52,14 +52,20 @@ void Ledger::settle_under_lock(LedgerClient& mine, std::uint32_t number, LedgerO
     futex_wake(mine.settled);
 }
 
-std::optional<LedgerOutcome> Ledger::await_order(ClientId id, std::uint32_t number, std::uint64_t at_most) noexcept {
+std::optional<LedgerOutcome> Ledger::await_order(ClientId id, const LedgerOrder& order,
+                                                 std::uint64_t at_most) noexcept {
     const LedgerClient& mine = client(id);
+    const std::uint32_t number = order.number;
     const std::uint32_t seen = mine.settled.load(std::memory_order_acquire);
     const auto settled = [&] { return static_cast<std::int32_t>(get(mine.settled) - number) >= 0; };
     if (static_cast<std::int32_t>(seen - number) < 0) futex_sleep(mine.settled, seen, at_most);
     reap();  // who dies settles nothing
     return locked([&]() -> std::optional<LedgerOutcome> {
-        if (settled()) return LedgerOutcome{static_cast<LedgerOrderResult>(get(mine.result)), mine.reason.data()};
+        // The entry holds one result, which speaks for an earlier order of the same kind, too.
+        const bool same = get(mine.settled) == get(mine.ordered) && get(mine.order) == order.kind;
+        if (get(mine.settled) == number || (settled() && same))
+            return LedgerOutcome{static_cast<LedgerOrderResult>(get(mine.result)), mine.reason.data()};
+        if (settled()) return LedgerOutcome{order_refused, "another order came after it"};
         if (get(mine.state) != entry_in_use) return LedgerOutcome{order_refused, "it has ended"};
         return std::nullopt;
     });

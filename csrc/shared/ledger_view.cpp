@@ -146,7 +146,8 @@ void LedgerView::order(const std::string& model, std::optional<std::uint32_t> pi
     const std::uint64_t begin = steady_now();
     for (;;) {
         const std::uint64_t passed = beyond(steady_now(), begin);
-        const auto outcome = ledger_->await_order(found.id, number, std::min(look_again, beyond(at_most, passed)));
+        const auto outcome =
+            ledger_->await_order(found.id, {kind, number}, std::min(look_again, beyond(at_most, passed)));
         if (outcome && outcome->result == order_obeyed) return;
         if (outcome) throw LedgerError(who + " does not " + what + ": " + outcome->why);
         if (interrupted && interrupted())

@@ -71,14 +71,25 @@ TEST_CASE("who is ordered may take its time, and the last order counts", "[order
             order->done();
         }
     });
-    std::thread person([&] { view.order("chat", {}, order_sleep, long_enough, {}); });
+    std::string refused;
+    std::thread person([&] {
+        try {
+            view.order("chat", {}, order_sleep, long_enough, {});
+        } catch (const LedgerError& error) {
+            refused = error.what();
+        }
+    });
     const std::shared_ptr<Order> kept = first.get_future().get();
+    bool overtaken = false;
     SECTION("it is done on another thread") { kept->done(); }
     SECTION("a later one is done first, and settles both") {
         view.order("chat", {}, order_wake, long_enough, {});
         kept->refuse("nobody reads this");
+        overtaken = true;
     }
     person.join();
+    CHECK((refused.find("another order came after it") != std::string::npos) == overtaken);
+    CHECK(refused.empty() != overtaken);
 }
 
 TEST_CASE("refusals say why", "[orders]") {
@@ -115,9 +126,27 @@ TEST_CASE("an order is passed on where what else is asked for fails", "[orders]"
     LedgerRequest request;
     request.what = ask_trim | ask_orders;
     (void)budget->ledger()->ask(0, request);
-    const auto outcome = budget->ledger()->await_order(account->id(), number, long_enough);
+    const auto outcome = budget->ledger()->await_order(account->id(), {order_sleep, number}, long_enough);
     REQUIRE(outcome.has_value());
     CHECK(outcome->result == order_obeyed);
+}
+
+TEST_CASE("an order that another kind replaced is not told the other's result", "[orders]") {
+    const auto budget = PhysicalBudget::join(fresh_name("replaced"), 16 * MiB, host_driver()->capabilities());
+    const AccountPtr account = budget->open("chat");
+    Ledger& orders = *budget->ledger();
+    orders.take_orders(account->id(), true);
+    const std::uint32_t slept = orders.give_order(account->id(), order_sleep);
+    const std::uint32_t again = orders.give_order(account->id(), order_sleep);
+    orders.settle_order(account->id(), again, order_obeyed, "");
+    CHECK(orders.await_order(account->id(), {order_sleep, slept}, 0)->result == order_obeyed);  // it does sleep
+    const std::uint32_t woke = orders.give_order(account->id(), order_wake);
+    orders.settle_order(account->id(), woke, order_obeyed, "");
+    CHECK(orders.await_order(account->id(), {order_wake, woke}, 0)->result == order_obeyed);
+    const auto outcome = orders.await_order(account->id(), {order_sleep, again}, 0);
+    REQUIRE(outcome.has_value());
+    CHECK(outcome->result == order_refused);
+    CHECK(outcome->why == "another order came after it");
 }
 
 TEST_CASE("a forked child that drops an order leaves it to its parent", "[orders][fork]") {
