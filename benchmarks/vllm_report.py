@@ -24,14 +24,16 @@ def single(plain: dict[str, Any], elastic: dict[str, Any]) -> dict[str, Any]:
     # Twice the same set: the second time prefixes hit, in both.
     equal = [a == b for x, y in zip(*(one["outputs"] for one in both)) for a, b in zip(x["tokens"], y["tokens"])]
     again = [a == b for a, b in zip(*(each["tokens"] for each in plain["outputs"]))]
+    between = [[gap for each in one["steady"] for gap in each["gaps_ms"]] for one in both]
     return {
         "requests": len(equal),
         "equal": sum(equal),
         "plain_equal_to_itself": sum(again),
-        "tokens_per_second": [statistics.median(one["steady"][0]["tokens_per_second"]) for one in both],
-        "gap_p50_ms": [one["steady"][0]["gap_p50_ms"] for one in both],
-        "gap_p99_ms": [one["steady"][0]["gap_p99_ms"] for one in both],
-        "longest_steps": [one["steady"][0].get("longest_steps", []) for one in both],
+        "rounds": [[each["tokens_per_second"] for each in one["steady"]] for one in both],
+        "tokens_per_second": [statistics.median(each["tokens_per_second"] for each in one["steady"]) for one in both],
+        "gap_p50_ms": [percentile(gaps, 0.5) for gaps in between],
+        "gap_p99_ms": [percentile(gaps, 0.99) for gaps in between],
+        "longest_steps": [one["look"][0] for one in both],
         "startup_s": [one["startup"] for one in both],
         "idle_bytes": [one["idle_at_start"] for one in both],
         "after_burst_bytes": [one["idle"][0]["after_burst"] for one in both],
@@ -100,6 +102,8 @@ def print_tables(result: dict[str, Any]) -> None:
             plain, elastic = one[name]
             label = name.replace("bytes", "MiB")
             print(f"  {label:18} plain {plain / unit:10.2f}  elastic {elastic / unit:10.2f}  {elastic / plain:6.3f} x")
+        for name, rates in zip(("plain", "elastic"), one.get("rounds", ())):
+            print(f"  rounds of {name}, tokens a second: " + ", ".join(f"{rate:,.0f}" for rate in rates))
         for name, rounds in zip(("plain", "elastic"), one.get("longest_steps", ())):
             for number, found in enumerate(rounds):
                 for when, steps in found.items():

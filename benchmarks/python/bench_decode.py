@@ -82,7 +82,7 @@ FULL = [
         *(("mha", 1024, 4),),
     ),
 ]
-TINY = [*jobs_of(("gqa", 64, 2), ("mha", 48, 1)), Job(("gqa", 64, 2), "rest")]
+TINY = [*jobs_of(("gqa", 64, 2)), Job(("gqa", 64, 2), "rest"), *jobs_of(("gqa", 48, 1), ("mha", 48, 1))]
 
 
 class Run:

@@ -3,8 +3,8 @@
 
     benchmarks/python/bench_vllm.py [--sections single,pair,trio,kill] [--json FILE] [--picture FILE]
 
-single  one engine, plain and then elastic: the tokens of 256 mixed requests, throughput, time between tokens, startup,
-        KV memory when idle and how soon a burst's is back
+single  a plain engine and an elastic one, each running while the other waits: the tokens of 256 mixed requests, then
+        rounds by turns for throughput and time between tokens; startup, KV memory when idle, how soon a burst's is back
 pair    two engines with peaks one after the other: static halves of the KV memory, and one ledger over all of it;
         time to the first token, and requests that have it in time, over load
 trio    the same with three engines and thirds
@@ -13,9 +13,8 @@ sleep   one engine, elastic: `elastikv sleep` and `wake` amid its requests; in n
 steps   where a decode step's time goes, plain and elastic: methods and driver calls on the CPU, kernels on the GPU; in
         no table of results. bench_vllm_attention has attention alone, over other layouts
 
-Parts can be run apart, as `single-plain,single-elastic`, `pair-static,pair-elastic`, `trio-static,trio-elastic`,
-`steps-plain,steps-elastic`, and join in the folder of --work. A part of `pair` or `trio` takes SPAN + REST seconds a
-load, and the engines' start.
+Parts can be run apart, as `pair-static,pair-elastic`, `trio-static,trio-elastic`, `steps-plain,steps-elastic`, and
+join in the folder of --work. A part of `pair` or `trio` takes SPAN + REST seconds a load, and the engines' start.
 Needs vLLM; every engine is a process, and lives in it (VLLM_ENABLE_V1_MULTIPROCESSING=0).
 """
 
@@ -60,6 +59,7 @@ ENGINES = {"pair": ("a", "b"), "trio": ("a", "b", "c")}
 SPAN = 12.0  # seconds in which requests come; an equal part of them is the peak of each engine
 REST = 3.0  # seconds more to serve them
 SLO = 0.5  # seconds to the first token
+ROUNDS = 7  # of `single`, by each engine
 
 
 class Bench:
@@ -113,27 +113,43 @@ class Bench:
     def ready(self, part: str, *names: str, task: int, processes: list[subprocess.Popen[bytes]]) -> None:
         """Waits until these engines have come to a task, and opens it for all at once."""
         folder = self.work / part
-        marks = [folder / (f"{name}.ready" if task == 0 else f"{name}.done{task - 1}") for name in names]
+        self.await_task(part, *names, task=task - 1, processes=processes)
+        begin = str(time.time() + 0.2)
+        for name in names:
+            gate = folder / f"{name}.task{task}.go"
+            gate.with_suffix(".tmp").write_text(begin)
+            gate.with_suffix(".tmp").rename(gate)
+
+    def await_task(self, part: str, *names: str, task: int, processes: list[subprocess.Popen[bytes]]) -> None:
+        """Waits until these engines have done a task, or have started, which is -1."""
+        marks = [self.work / part / (f"{name}.ready" if task < 0 else f"{name}.done{task}") for name in names]
         while not all(mark.exists() for mark in marks):
             if any(process.poll() not in (None, 0) for process in processes):
                 return  # finish() tells
             time.sleep(0.02)
-        gate = folder / f"task{task}.go"
-        gate.with_suffix(".tmp").write_text(str(time.time() + 0.2))
-        gate.with_suffix(".tmp").rename(gate)
 
     # --- parts ---
 
-    def single(self, elastic: bool) -> None:
-        part = "single-elastic" if elastic else "single-plain"
-        tasks = [
-            {"do": "outputs", "requests": 256}, {"do": "outputs", "requests": 256},
-            {"do": "steady", "requests": 128, "prompt": 512, "n": 256, "rounds": 3}, {"do": "idle"},
-        ]  # fmt: skip
-        options = {"gpu_memory_utilization": 0.5}
+    def single(self) -> None:
+        steady = {"requests": 128, "prompt": 512, "n": 256}
+        tasks = [{"do": "outputs", "requests": 256}] * 2 + [
+            {"do": "steady", "seed": n, **steady} for n in range(ROUNDS)
+        ]
+        tasks += [{"do": "look", "rounds": 2, **steady}, {"do": "idle"}]
+        tasks = [{**task, "wait": True} for task in tasks]
+        options = {"gpu_memory_utilization": 0.4}
         if not (self.work / "warm.json").exists():  # the first engine on a machine compiles kernels for tens of seconds
             self.finish("warm", one=self.start("warm", "one", [], False, options))
-        self.finish(part, one=self.start(part, "one", tasks, elastic, options))
+        processes = {}
+        for name in ("plain", "elastic"):
+            processes[name] = self.start("single", name, tasks, name == "elastic", options)
+            self.await_task("single", name, task=-1, processes=list(processes.values()))
+        for number in range(len(tasks)):
+            # By turns, and neither always first: a machine that is slower for a while is so for both.
+            for name in sorted(processes, reverse=number % 2 == 0):
+                self.ready("single", name, task=number, processes=list(processes.values()))
+                self.await_task("single", name, task=number, processes=list(processes.values()))
+        self.finish("single", **processes)
 
     def steps(self, elastic: bool) -> None:
         part = "steps-elastic" if elastic else "steps-plain"
@@ -149,8 +165,6 @@ class Bench:
         part = f"{group}-{'elastic' if elastic else 'static'}"
         names, loads = ENGINES[group], LOADS[group]
         share = SHARED_KV if elastic else SHARED_KV // len(names)
-        for gate in (self.work / part).glob("task*.go"):
-            gate.unlink()
         processes = {}
         for i, name in enumerate(names):
             tasks = [
@@ -166,8 +180,6 @@ class Bench:
 
     def kill(self) -> None:
         part = "kill"
-        for gate in (self.work / part).glob("task*.go"):
-            gate.unlink()
         every = [(0.02 * n, 1024, 512) for n in range(200)]
         later = [(4.0 + 0.02 * n, 1024, 256) for n in range(200)]
         options = {"gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": SHARED_KV}
@@ -223,9 +235,8 @@ def collected(work: Path) -> dict[str, Any]:
         return json.loads(path.read_text()) if path.exists() else None
 
     result: dict[str, Any] = {"benchmark": "vllm", "slo": SLO}
-    plain, elastic = read("single-plain"), read("single-elastic")
-    if plain and elastic:
-        result["single"] = vllm_report.single(plain["one"], elastic["one"])
+    if one := read("single"):
+        result["single"] = vllm_report.single(one["plain"], one["elastic"])
     for group, loads in LOADS.items():
         static, shared = read(f"{group}-static"), read(f"{group}-elastic")
         if static and shared:
@@ -249,7 +260,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(asked.work or Path(temporary))
         parts = {
-            "single-plain": lambda: bench.single(False), "single-elastic": lambda: bench.single(True),
+            "single": bench.single,
             "steps-plain": lambda: bench.steps(False), "steps-elastic": lambda: bench.steps(True),
             "pair-static": lambda: bench.sharing("pair", False), "pair-elastic": lambda: bench.sharing("pair", True),
             "trio-static": lambda: bench.sharing("trio", False), "trio-elastic": lambda: bench.sharing("trio", True),

@@ -1,7 +1,7 @@
 """One vLLM engine in a process of its own, as bench_vllm runs it: reads orders from a JSON file, writes what it saw.
 
-An order is a list of tasks: {"do": "outputs" | "steady" | "steps" | "idle" | "sleep" | "trace", ...}; see the functions
-of these names.
+An order is a list of tasks: {"do": "outputs" | "steady" | "look" | "steps" | "idle" | "sleep" | "trace", ...}; see
+the functions of these names.
 """
 
 from __future__ import annotations
@@ -178,12 +178,12 @@ class Worker:
         tokens: dict[str, list[int]] = {}
         times: dict[str, list[float]] = {}
         while self.engine.has_unfinished_requests():
-            self.look(self.engine.step(), tokens, times)
+            self.note(self.engine.step(), tokens, times)
             if tail is not None:
                 tail.end()
         return tokens, times
 
-    def look(self, outputs: Any, tokens: dict[str, list[int]], times: dict[str, list[float]]) -> None:
+    def note(self, outputs: Any, tokens: dict[str, list[int]], times: dict[str, list[float]]) -> None:
         now = time.perf_counter()
         for output in outputs:
             ids = list(output.outputs[0].token_ids)
@@ -204,40 +204,31 @@ class Worker:
         tokens, _ = self.run()
         return {"tokens": [tokens[key] for key in sorted(tokens, key=int)]}
 
-    def steady(self, requests: int, prompt: int, n: int, rounds: int) -> dict[str, Any]:
-        """Tokens a second, and times between tokens once all requests run; fresh prompts each round. After that what
-        goes on in the longest steps of two rounds more, before all run and then."""
-        chance = random.Random(7)
-        rates, gaps = [], []
+    def _round(self, requests: int, prompt: int, n: int, chance: random.Random, tail: Tail | None = None) -> Any:
+        """Tokens a second, and when steps ended that had tokens for all requests."""
+        for _ in range(requests):
+            self.add([chance.randrange(10, 30000) for _ in range(prompt)], n)
+        begin = time.perf_counter()
+        if tail is not None:
+            tail.begin()
+        _, times = self.run(tail)
+        rate = requests * n / (time.perf_counter() - begin)
+        start = max(each[0] for each in times.values())
+        end = min(each[-1] for each in times.values())
+        return rate, sorted({each for one in times.values() for each in one if start <= each <= end})
 
-        def one_round(tail: Tail | None = None) -> list[float]:
-            """When steps ended with tokens for all."""
-            for _ in range(requests):
-                self.add([chance.randrange(10, 30000) for _ in range(prompt)], n)
-            begin = time.perf_counter()
-            if tail is not None:
-                tail.begin()
-            _, times = self.run(tail)
-            rates.append(requests * n / (time.perf_counter() - begin))
-            start = max(each[0] for each in times.values())
-            end = min(each[-1] for each in times.values())
-            return sorted({each for one in times.values() for each in one if start <= each <= end})
+    def steady(self, requests: int, prompt: int, n: int, seed: int) -> dict[str, Any]:
+        """A round: tokens a second, and ms between tokens once all requests run."""
+        rate, steps = self._round(requests, prompt, n, random.Random(7 + seed))
+        return {"tokens_per_second": rate, "gaps_ms": [(b - a) * 1e3 for a, b in itertools.pairwise(steps)]}
 
+    def look(self, requests: int, prompt: int, n: int, rounds: int) -> list[dict[str, Any]]:
+        """What goes on in the longest steps of a round, before all requests run and then. To look costs time."""
+        found, chance = [], random.Random(17)
         for _ in range(rounds):
-            steps = one_round()
-            gaps += [b - a for a, b in itertools.pairwise(steps)]
-        found: dict[str, Any] = {
-            "tokens_per_second": rates[:],
-            "gap_p50_ms": percentile(gaps, 0.5) * 1e3,
-            "gap_p99_ms": percentile(gaps, 0.99) * 1e3,
-            "longest_steps": [],
-        }
-        for _ in range(2):  # to look costs time, so apart
             with Tail(self.engine) as tail:
-                steps = one_round(tail)
-            found["longest_steps"].append(
-                {"filling": tail.longest(0.0, steps[0]), "all run": tail.longest(steps[0], steps[-1])}
-            )
+                _, steps = self._round(requests, prompt, n, chance, tail)
+            found.append({"filling": tail.longest(0.0, steps[0]), "all run": tail.longest(steps[0], steps[-1])})
         return found
 
     def steps(self, requests: int, prompt: int, n: int, count: int, profile: int) -> dict[str, Any]:
@@ -258,7 +249,7 @@ class Worker:
         tokens: dict[str, list[int]] = {}
         times: dict[str, list[float]] = {}
         while len(tokens) < requests or min(len(each) for each in tokens.values()) < 8:
-            self.look(self.engine.step(), tokens, times)
+            self.note(self.engine.step(), tokens, times)
         calls = memory.model.stats().driver_calls if memory is not None else {}
         clock.reset()
         gaps = []
@@ -319,7 +310,7 @@ class Worker:
             tokens: dict[str, list[int]] = {}
             times: dict[str, list[float]] = {}
             while asleep and (len(tokens) < requests or min(len(each) for each in tokens.values()) < n // 4):
-                self.look(self.engine.step(), tokens, times)
+                self.note(self.engine.step(), tokens, times)
             if asleep:
                 held, begin = self.kv_bytes(), time.perf_counter()
                 self.ledger.sleep(self.name, pid=os.getpid())
@@ -327,7 +318,7 @@ class Worker:
                 self.ledger.wake(self.name, pid=os.getpid())
                 woke = time.perf_counter()
             while self.engine.has_unfinished_requests():
-                self.look(self.engine.step(), tokens, times)
+                self.note(self.engine.step(), tokens, times)
             answers.append([tokens[number] for number in numbers])
         return {
             "requests": requests, "equal": sum(a == b for a, b in zip(*answers)), "held": held, "left": left,
@@ -351,7 +342,7 @@ class Worker:
                 at, prompt, n = due.pop(0)
                 came[self.add([chance.randrange(10, 30000) for _ in range(prompt)], n)] = at
             if self.engine.has_unfinished_requests():
-                self.look(self.engine.step(), tokens, times)
+                self.note(self.engine.step(), tokens, times)
             elif due:
                 time.sleep(min(0.005, max(0.0, due[0][0] - now)))
             else:
@@ -377,12 +368,13 @@ def main() -> None:
     (folder / f"{name}.ready").write_text(str(worker.startup))
     results: dict[str, Any] = {"startup": worker.startup, "idle_at_start": worker.kv_bytes()}
     for number, task in enumerate(order["tasks"]):
-        gate = folder / f"task{number}.go"  # tasks that several engines begin together
+        kind = task.pop("do")
         if task.pop("wait", False):
+            gate = folder / f"{name}.task{number}.go"
             while not gate.exists():
                 time.sleep(0.01)
-            task["begin"] = float(gate.read_text())
-        kind = task.pop("do")
+            if kind == "trace":  # which several engines begin together
+                task["begin"] = float(gate.read_text())
         results.setdefault(kind, []).append(getattr(worker, kind)(**task))
         (folder / f"{name}.done{number}").write_text("")
     (folder / f"{name}.result.json").write_text(json.dumps(results))

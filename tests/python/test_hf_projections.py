@@ -78,6 +78,20 @@ def test_the_same_values_from_one_matrix(device, bias):
     joined.undo()
 
 
+@pytest.mark.parametrize("made_within", [False, True])
+@pytest.mark.parametrize("joined_within", [False, True])
+def test_inference_mode_may_begin_before_or_after(device, made_within, joined_within):
+    with torch.inference_mode(made_within):
+        network = biased(device)
+    tokens, _ = prompts(device)
+    expected = logits_of(network, tokens)
+    with torch.inference_mode(joined_within), JoinedProjections(network) as joined:
+        assert len(joined) == LAYERS
+        torch.testing.assert_close(logits_of(network, tokens), expected, rtol=1e-3, atol=2e-3)
+    assert all(each.is_inference() == made_within for each in network.parameters())
+    assert torch.equal(logits_of(network, tokens), expected)
+
+
 def test_weights_that_are_loaded_later_count(device):
     network = make_network("gqa", device)
     tokens, _ = prompts(device)

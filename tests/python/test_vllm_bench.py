@@ -116,10 +116,11 @@ def test_steady_rounds_and_a_look_at_the_longest_steps():
 
     worker.engine.step = scheduled_step
     worker.sampling = lambda n: n
-    found = worker.steady(requests=5, prompt=8, n=20, rounds=3)
-    assert len(found["tokens_per_second"]) == 3 and found["gap_p50_ms"] <= found["gap_p99_ms"]
-    assert len(found["longest_steps"]) == 2
-    for look in found["longest_steps"]:
+    found = worker.steady(requests=5, prompt=8, n=20, seed=3)
+    assert found["tokens_per_second"] > 0 and len(found["gaps_ms"]) == 19
+    looks = worker.look(requests=5, prompt=8, n=20, rounds=2)
+    assert len(looks) == 2
+    for look in looks:
         assert len(look["all run"]) == 8
         assert [each["ms"] for each in look["all run"]] == sorted(
             (each["ms"] for each in look["all run"]), reverse=True
@@ -182,12 +183,13 @@ def test_report_of_parts(tmp_path, capsys):
     )
     one = {
         "startup": 6.0, "idle_at_start": 1 << 30, "outputs": [{"tokens": [[1], [2]]}] * 2,
-        "steady": [{"tokens_per_second": [100.0], "gap_p50_ms": 5.0, "gap_p99_ms": 9.0,
-                    "longest_steps": [{"all run": [{"ms": 9.0, "tokens": 128, "step": 3}]}]}],
+        "steady": [{"tokens_per_second": 100.0, "gaps_ms": [5.0, 9.0]}] * 3,
+        "look": [[{"all run": [{"ms": 9.0, "tokens": 128, "step": 3}]}]],
         "idle": [{"after_burst": 1 << 30, "without_prefixes": 48 << 20, "seconds": 0.1}],
     }  # fmt: skip
-    for name, idle in (("single-plain", 1 << 30), ("single-elastic", 48 << 20)):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"one": {**one, "idle_at_start": idle}}))
+    idle = {"plain": 1 << 30, "elastic": 48 << 20}
+    both = {name: {**one, "idle_at_start": size} for name, size in idle.items()}
+    (tmp_path / "single.json").write_text(json.dumps(both))
 
     slept = {"requests": 64, "equal": 64, "held": 1 << 31, "left": 0, "sleep_s": 1.0, "wake_s": 0.1}
     (tmp_path / "sleep.json").write_text(json.dumps({"one": {"sleep": [slept]}}))
@@ -254,7 +256,7 @@ order = json.loads((folder / f"{name}.order.json").read_text())
 found = []
 for number, task in enumerate(order["tasks"]):
     assert task["do"] == "trace" and task["wait"]
-    while not (folder / f"task{number}.go").exists():
+    while not (folder / f"{name}.task{number}.go").exists():
         time.sleep(0.01)
     arrived = [at for at, _, _ in task["arrivals"]]
     wait = 0.1 if order["elastic"] else 0.1 * (number + 1) * order["options"]["kv_cache_memory_bytes"] / (4 << 30)
@@ -285,3 +287,33 @@ def test_parts_run_by_themselves_and_join(monkeypatch, tmp_path, capsys):
             assert point["static"]["p99"] == pytest.approx(0.1 * (i + 1) / share)
             assert point["elastic"]["p99"] == 0.1 and point["elastic"]["requests"] == point["static"]["requests"] > 0
     assert "three engines: 99% within 0.5 s up to 20 requests/s with thirds, 20" in capsys.readouterr().out
+
+
+def test_one_engine_waits_while_the_other_runs(monkeypatch, tmp_path):
+    import bench_vllm
+
+    turns = """
+import json, pathlib, sys, time
+folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+(folder / f"{name}.ready").write_text("")
+found = []
+for number, task in enumerate(json.loads((folder / f"{name}.order.json").read_text())["tasks"]):
+    while not (folder / f"{name}.task{number}.go").exists():
+        time.sleep(0.001)
+    begin = time.monotonic()
+    time.sleep(0.01)
+    found.append([task["do"], begin, time.monotonic()])
+    (folder / f"{name}.done{number}").write_text("")
+(folder / f"{name}.result.json").write_text(json.dumps(found))
+"""
+    (tmp_path / "vllm_worker.py").write_text(turns)
+    monkeypatch.setattr(bench_vllm, "HERE", tmp_path)
+    (tmp_path / "warm.json").write_text("")
+    bench_vllm.Bench(tmp_path).single()
+    found = json.loads((tmp_path / "single.json").read_text())
+    assert [each[0] for each in found["plain"]] == [each[0] for each in found["elastic"]]
+    assert [each[0] for each in found["plain"]].count("steady") == bench_vllm.ROUNDS
+    spans = sorted((begin, end, name) for name, tasks in found.items() for _, begin, end in tasks)
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
+    firsts = [name for _, _, name in spans[::2]]
+    assert firsts[::2] == ["plain"] * len(firsts[::2]) and firsts[1::2] == ["elastic"] * len(firsts[1::2])

@@ -57,11 +57,18 @@ class _Group:
 
     def __init__(self, linears: list[torch.nn.Linear]) -> None:
         self._linears = linears
-        with torch.inference_mode(False), torch.no_grad():
+        self._states: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+        self._taken = 0
+        # A parameter takes no data of the other kind: of inference mode, where it was made without, or the reverse.
+        with torch.inference_mode(linears[0].weight.is_inference()), torch.no_grad():
             self._weight = torch.cat([each.weight for each in linears])
             self._bias = None if linears[0].bias is None else torch.cat([each.bias for each in linears])
+            self._join()
+
+    def _join(self) -> None:
         begin = 0
-        for each in linears:
+        for each in self._linears:
             end = begin + each.out_features
             each.weight.data = self._weight[begin:end]
             if self._bias is not None:
@@ -71,9 +78,6 @@ class _Group:
             part.joined, part.columns = self, slice(begin, end)
             part.places = _places_of(part)
             begin = end
-        self._states: torch.Tensor | None = None
-        self._output: torch.Tensor | None = None
-        self._taken = 0
 
     def part(self, states: torch.Tensor, columns: slice) -> torch.Tensor | None:
         """None where the projections turn out to have different inputs, or one was left out: they are apart then."""
@@ -141,5 +145,8 @@ def _plain(module: Any) -> bool:
 
 
 def _alike(linears: list[torch.nn.Linear]) -> bool:
-    kinds = {(each.in_features, each.weight.dtype, each.weight.device, each.bias is None) for each in linears}
+    kinds = {
+        (each.in_features, each.weight.dtype, each.weight.device, each.bias is None, each.weight.is_inference())
+        for each in linears
+    }
     return len(kinds) == 1 and len({id(each.weight) for each in linears}) == len(linears)
