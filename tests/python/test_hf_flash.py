@@ -222,6 +222,25 @@ def test_even_rows_beside_unmapped_pages(
         assert torch.equal(windows[0][slots.pitch : slots.pitch + edge].transpose(0, 1), side[1])
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_even_steps_store_states_however_they_lie(device, model, apart):
+    """Contiguous states take one launch, parts of one projection take two; what is stored is the same."""
+    slots = Slots(
+        KVGeometry((None,) * 2, (LayerShape(2, 8, 2, 8),) * 2), model=model, rows=3, max_tokens=8, dtype=torch.float16
+    )
+    slots.reserve([0, 1, 2], [3] * 3)
+    slots.set_lengths([0, 1, 2], [3] * 3)
+    step = EvenStep(slots, 3)
+    query = states(2, 3, 1, 8, device, torch.float16, 0)
+    joined = torch.cat([states(2, 3, 1, 8, device, torch.float16, number) for number in (1, 2)], 1)
+    keys, values = (part if apart else part.contiguous() for part in joined.split(2, 1))
+    assert keys.is_contiguous() != apart
+    step.compute(1, query, keys, values, None, None)
+    for side, windows in ((keys, slots.keys), (values, slots.values)):
+        for row in range(3):
+            assert torch.equal(windows[1][row * slots.pitch + 3], side[row, :, 0])
+
+
 def test_even_steps_refuse_what_is_wrong(device, model):
     slots = Slots(
         KVGeometry((None,), (LayerShape(2, 8, 2, 8),)), model=model, rows=2, max_tokens=8, dtype=torch.float32
