@@ -10,7 +10,7 @@ each other closely take their steps by turns. Ways:
 
     graph            elastikv's decoder: one CUDA graph for every length, memory mapped as it grows
     graph, resident  the same over rows that are wholly mapped from the start
-    graph, joined    the same with query, key and value projections joined (one point)
+    graph, joined    the same with the projections of one input joined (one point)
     graph, compiled  that with the rest of the model compiled (one point)
     eager            the model with an ElasticCache and attention 'elastikv', as generate() calls it
     eager, sdpa      the model with an ElasticCache and its own attention, SDPA's flash back end forced

@@ -17,6 +17,7 @@ from hf_networks import SIZES, agree, make_network, prompts  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = SIZES["num_hidden_layers"]
+SETS = 2 * LAYERS  # of an attention and an MLP each
 
 
 @pytest.fixture
@@ -58,13 +59,13 @@ def test_the_same_values_from_one_matrix(device, bias):
     names = list(network.state_dict())
     before = {name: (each, each.detach().clone()) for name, each in network.named_parameters()}
     with JoinedProjections(network) as joined:
-        assert len(joined) == LAYERS
+        assert len(joined) == SETS
         calls = []
         run = torch.nn.functional.linear
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("elastikv.hf.projections.linear", lambda *given: calls.append(given) or run(*given))
             torch.testing.assert_close(logits_of(network, tokens), expected, rtol=1e-3, atol=2e-3)
-        assert len(calls) == LAYERS  # not three times as many
+        assert len(calls) == SETS  # not one for each projection
         assert all(group._states is None and group._output is None for group in joined._groups)
         for name, each in network.named_parameters():
             assert each is before[name][0] and torch.equal(each, before[name][1])
@@ -86,7 +87,7 @@ def test_inference_mode_may_begin_before_or_after(device, made_within, joined_wi
     tokens, _ = prompts(device)
     expected = logits_of(network, tokens)
     with torch.inference_mode(joined_within), JoinedProjections(network) as joined:
-        assert len(joined) == LAYERS
+        assert len(joined) == SETS
         torch.testing.assert_close(logits_of(network, tokens), expected, rtol=1e-3, atol=2e-3)
     assert all(each.is_inference() == made_within for each in network.parameters())
     assert torch.equal(logits_of(network, tokens), expected)
@@ -170,7 +171,7 @@ def test_who_asks_twice_gets_nothing_the_second_time(device):
         assert len(again) == 0
 
 
-def test_what_is_not_three_plain_layers_of_one_input_stays(device):
+def test_what_is_not_plain_layers_of_one_input_stays(device):
     class Own(torch.nn.Linear):
         pass
 
@@ -195,7 +196,7 @@ def test_what_is_not_three_plain_layers_of_one_input_stays(device):
         change(part)
         kept = part.weight.data_ptr()
         with JoinedProjections(network) as joined:
-            assert len(joined) == LAYERS - 1
+            assert len(joined) == SETS - 1
             assert part.weight.data_ptr() == kept
 
 
@@ -211,7 +212,7 @@ def test_generates_the_same(device, model):
     agree(answers[1], answers[0], device)
 
 
-def test_a_compiler_sees_one_product_instead_of_three():
+def test_a_compiler_sees_one_product_instead_of_several():
     network = make_network("gqa", "cpu")
     network.set_attn_implementation("sdpa")
     tokens, _ = prompts("cpu")
@@ -230,4 +231,4 @@ def test_a_compiler_sees_one_product_instead_of_three():
     check()
     with JoinedProjections(network):
         check()
-    assert products[0] - products[1] == 2 * LAYERS
+    assert products[0] - products[1] == 3 * LAYERS

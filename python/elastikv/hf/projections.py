@@ -1,4 +1,4 @@
-"""A model's query, key and value projections as one: three small matrices are read slower than one of their size."""
+"""Projections of one input as one: several small matrices are read slower than one of their size."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-NAMES = ("q_proj", "k_proj", "v_proj")
+#: What an attention projects its input with, and what a gated MLP does.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class JoinedProjections:
-    """The projections of a model's attentions read their weights in one go, from now until `undo`, or within it.
+    """A model's projections of one input read their weights in one go, from now until `undo`, or within it.
+
+    These are an attention's query, key and value, and a gated MLP's gate and up.
 
     The weights come to lie side by side, each still the parameter that it was, a view now: the model holds no more
     memory than before, but for one layer's share while that one is moved. Values are the same to its roundings.
-    What is not made of three plain Linear layers of one input, or is quantized, hooked or offloaded, stays as it is.
+    What is not made of plain Linear layers of one input, or is quantized, hooked or offloaded, stays as it is.
     What is cast, moved or replaced later runs by itself from then on, but a compiled model does not look: join first,
-    compile then, and neither before the weights are where they stay. `len` says how many attentions take part. For
+    compile then, and neither before the weights are where they stay. `len` says how many such sets take part. For
     inference only; to be made before a graph is captured, and not to be undone beneath one. Not thread-safe: the model
     is one's own meanwhile.
     """
@@ -53,7 +56,7 @@ class JoinedProjections:
 
 
 class _Group:
-    """Three projections of one input. The first that is called computes for all; each takes its part once."""
+    """Projections of one input. The first that is called computes for all; each takes its part once."""
 
     def __init__(self, linears: list[torch.nn.Linear]) -> None:
         self._linears = linears
@@ -131,9 +134,10 @@ def _places_of(part: torch.nn.Linear) -> tuple[int, ...]:
 
 def _joinable(model: torch.nn.Module) -> Iterator[list[torch.nn.Linear]]:
     for module in model.modules():
-        linears = [getattr(module, name, None) for name in NAMES]
-        if all(map(_plain, linears)) and _alike(linears):  # type: ignore[arg-type]
-            yield linears  # type: ignore[misc]
+        for names in SIBLINGS:
+            linears = [getattr(module, name, None) for name in names]
+            if all(map(_plain, linears)) and _alike(linears):  # type: ignore[arg-type]
+                yield linears  # type: ignore[misc]
 
 
 def _plain(module: Any) -> bool:
