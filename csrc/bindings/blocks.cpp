@@ -214,7 +214,9 @@ must outlive the pool. Raises InvalidArgument for a block that is not held (a do
             arg("n"),
             R"(n blocks are about to be asked for: their extents are mapped in the background, as far as ahead_bytes allow.
 
-Without waiting, and nobody is asked for memory. They stay until they are taken or a later call says less; 0 when nothing is expected any more.)")
+Without waiting, and nobody is asked for memory. They stay until they are taken or a later call says less; 0 when nothing
+is expected any more. Called between steps, with 0 too, it has what was taken of ahead_bytes mapped anew a little at a
+time; else that waits until little is left, and then holds up who allocates.)")
         .def("layer", &layer, arg("index"),
              R"([num_blocks, *block_shape]: one layer's part of every block, strided, at addresses that never change.
 

@@ -11,6 +11,7 @@ constexpr std::uint64_t most_blocks = (std::uint64_t{1} << 31) - 1;  // so that 
 constexpr Bytes most_addresses = Bytes{1} << 63;
 constexpr Bytes default_extent = 16 * MiB;
 constexpr std::uint64_t used_for_ahead = 8;  // extents in use for each that is mapped ahead
+constexpr std::uint64_t ahead_a_turn = 2;    // extents that expect() has mapped at once where nothing is expected
 
 // The least that is whole blocks and whole pages; pages are a power of two.
 Bytes common_multiple(Bytes stride, Bytes page) {
@@ -123,7 +124,10 @@ Bytes BlockPool::try_take(std::span<BlockId> out, std::uint64_t whole_extents, c
         for (std::uint64_t i = 0; i < whole_extents; ++i) out = out.subspan(map_.take_from(extents[i], out));
     }
     map_.take(out);
-    if (missing > 0 && ahead_ > 0) map_ahead();
+    if (missing > 0 && ahead_ > 0) {
+        // Late, as the driver's calls hold up those who ask for more meanwhile: expect() does it between steps.
+        map_ahead([](std::uint64_t there, std::uint64_t wanted) { return 4 * there <= wanted ? wanted : 0; });
+    }
     return 0;
 }
 
@@ -137,13 +141,13 @@ std::vector<std::uint64_t> BlockPool::parked_extents() const {
     return found;
 }
 
-// Once half of what should be there has been taken, as the driver's calls hold up those who ask for more meanwhile; but
-// all that is expected, since it is taken in one step.
-void BlockPool::map_ahead() {
-    const std::uint64_t wanted = std::max(std::min(ahead_, map_.mapped_extents() / used_for_ahead), expected_);
+// how_many(there, wanted): how many extents should be there then; of what is expected all, since one step takes it.
+void BlockPool::map_ahead(std::uint64_t (*how_many)(std::uint64_t, std::uint64_t)) {
     try {
         const std::vector<std::uint64_t> parked = parked_extents();
-        if (2 * parked.size() >= wanted && parked.size() >= expected_) return;
+        const std::uint64_t wanted =
+            std::max(how_many(parked.size(), std::min(ahead_, map_.mapped_extents() / used_for_ahead)), expected_);
+        if (parked.size() >= wanted) return;
         const std::uint64_t blocks = std::min(wanted * layout_.blocks_per_extent(), map_.free_unmapped());
         std::vector<ByteRange> parts;
         for (const std::uint64_t extent : map_.extents_for(blocks, parked)) {
@@ -295,7 +299,7 @@ void BlockPool::expect(std::uint64_t blocks) {
     const std::uint64_t lacking =
         std::min(blocks > map_.free_mapped() ? blocks - map_.free_mapped() : 0, map_.free_unmapped());
     set_expected(std::min(ahead_, (lacking + per - 1) / per));
-    if (expected_ > 0) map_ahead();
+    map_ahead([](std::uint64_t there, std::uint64_t wanted) { return std::min(wanted, there + ahead_a_turn); });
 }
 
 void BlockPool::set_expected(std::uint64_t extents) noexcept {

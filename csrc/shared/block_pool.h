@@ -88,7 +88,9 @@ class BlockPool {
     std::uint64_t available() const;
 
     // So many blocks are about to be asked for: their extents are mapped in the background, as far as `ahead` and the
-    // budget allow, and stay parked until they are taken or a later call says less. A hint. Throws PoolClosed.
+    // budget allow, and stay parked until they are taken or a later call says less. Who calls this between steps, with
+    // 0 too, has what was taken of `ahead` mapped anew a little at a time, and not while he allocates: the driver's
+    // calls hold up both. A hint. Throws PoolClosed.
     void expect(std::uint64_t blocks);
 
     BlockStats stats() const;
@@ -110,7 +112,7 @@ class BlockPool {
     Bytes try_allocate(std::span<BlockId> out, const AllocateOptions& options);
     Bytes try_take(std::span<BlockId> out, std::uint64_t whole_extents, const AllocateOptions& options);
     std::vector<std::uint64_t> parked_extents() const;
-    void map_ahead();
+    void map_ahead(std::uint64_t (*how_many)(std::uint64_t there, std::uint64_t wanted));
     Bytes try_map(const std::vector<std::uint64_t>& extents, const AllocateOptions& options);
     void set_expected(std::uint64_t extents) noexcept;
     void order_after_others(Stream stream);

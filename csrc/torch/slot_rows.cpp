@@ -50,20 +50,28 @@ at::Tensor by_token(const at::Tensor& window, std::int64_t rows, std::int64_t pi
 }
 
 // One token of each row with one launch instead of two: a place of keys and the place of its values are seen as two
-// steps of one dimension, and the states are concatenated into it. False where they don't lie so, or too far apart for
-// the operator, which takes one launch over 32-bit offsets only.
+// steps of one dimension, and the states are concatenated into it. Rows that lie further apart than 32-bit offsets
+// reach take a launch for each part of them that does not: a copy would halve its work until offsets fit, in bytes, for
+// keys and for values. False where the states don't lie so.
 bool store_token(const at::Tensor& key_window, const at::Tensor& value_window, const at::Tensor& keys,
                  const at::Tensor& values, std::int64_t rows, std::int64_t pitch, std::int64_t before) {
     const std::int64_t apart = value_window.storage_offset() - key_window.storage_offset();
     const bool alike = key_window.storage().is_alias_of(value_window.storage()) &&
                        key_window.strides() == value_window.strides() && keys.sizes() == values.sizes();
     if (!alike || apart <= 0 || !keys.is_contiguous() || !values.is_contiguous()) return false;
-    const std::int64_t token = key_window.stride(0);
-    if (rows * pitch * token > std::numeric_limits<std::int32_t>::max()) return false;
-    at::Tensor places =
-        key_window.as_strided({rows, keys.size(1), 2, keys.size(3)}, {pitch * token, key_window.stride(1), apart, 1},
-                              key_window.storage_offset() + before * token);
-    at::cat_out(places, {keys, values}, 2);
+    const std::int64_t token = key_window.stride(0), row = pitch * token;
+    const std::int64_t at_once = 1 + (std::numeric_limits<std::int32_t>::max() - token) / row;
+    for (std::int64_t first = 0; first < rows; first += at_once) {
+        const std::int64_t count = std::min(at_once, rows - first);
+        at::Tensor places =
+            key_window.as_strided({count, keys.size(1), 2, keys.size(3)}, {row, key_window.stride(1), apart, 1},
+                                  key_window.storage_offset() + first * row + before * token);
+        if (count == rows) {
+            at::cat_out(places, {keys, values}, 2);
+        } else {
+            at::cat_out(places, {keys.narrow(0, first, count), values.narrow(0, first, count)}, 2);
+        }
+    }
     return true;
 }
 

@@ -54,6 +54,24 @@ TEST_CASE("blocks: what is ahead is an eighth of what is in use at most, and goe
     at.finish();
 }
 
+TEST_CASE("blocks: what is ahead is mapped anew between steps, a little at a time", "[blocks][ahead]") {
+    BlockFixture at({.blocks = 1024, .ahead_pages = 16});
+    at.take(4 * 128);
+    CHECK(parked(at) == 16 * at.page);
+    const std::uint64_t creates = at.calls(DriverCall::create);
+    at.take(4 * 8);
+    CHECK(parked(at) == 8 * at.page);
+    CHECK(at.calls(DriverCall::create) == creates);  // not while somebody allocates
+    for (const Bytes pages : {10, 12, 14, 16, 16}) {
+        at.pool->expect(0);
+        CHECK(parked(at) == pages * at.page);
+    }
+    at.take(4 * 12);  // that much at once is not waited for
+    CHECK(parked(at) == 16 * at.page);
+    at.require_sound();
+    at.finish();
+}
+
 TEST_CASE("blocks: what comes and goes within what is ahead makes no driver calls", "[blocks][ahead]") {
     for (const bool lags : {false, true}) {
         BlockFixture at({.blocks = 256, .lags = lags, .ahead_pages = 8});

@@ -241,6 +241,25 @@ def test_even_steps_store_states_however_they_lie(device, model, apart):
             assert torch.equal(windows[1][row * slots.pitch + 3], side[row, :, 0])
 
 
+def test_even_steps_store_rows_that_lie_far_apart(device, shared):
+    """Further than 32-bit offsets reach, from row to row: all rows get their token, and no other."""
+    shape = LayerShape(16, 128, 16, 128)
+    far = 2**30 // (2 * 16 * 128)  # tokens: two rows reach as far as 32 bits, five don't
+    handle = shared.register_model("far", virtual_capacity=1 << 36)
+    slots = Slots(KVGeometry((None,), (shape,)), model=handle, rows=5, max_tokens=far, dtype=torch.float16)
+    slots.reserve(range(5), [3] * 5)
+    slots.set_lengths(range(5), [3] * 5)
+    step = EvenStep(slots, 5)
+    query, keys, values = (states(16, 5, 1, 128, device, torch.float16, number) for number in range(3))
+    step.compute(0, query, keys, values, None, None)
+    for side, windows in ((keys, slots.keys), (values, slots.values)):
+        for row in range(5):
+            held = windows[0][row * slots.pitch : row * slots.pitch + 4]
+            assert torch.equal(held[3], side[row, :, 0])
+            assert not held[:3].any()
+    slots.drop()
+
+
 def test_even_steps_refuse_what_is_wrong(device, model):
     slots = Slots(
         KVGeometry((None,), (LayerShape(2, 8, 2, 8),)), model=model, rows=2, max_tokens=8, dtype=torch.float32

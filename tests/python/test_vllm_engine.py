@@ -135,7 +135,7 @@ def test_what_is_refused():
 def test_what_counts_blocks_is_called_as_before():
     """Whatever its parameters are in this version, and blocks are secured for what it says."""
     asked = []
-    pool = SimpleNamespace(secure=lambda n, at_once: asked.append((n, at_once)))
+    pool = SimpleNamespace(secure=lambda n, at_once: asked.append((n, at_once)), stock=[])
     one = SimpleNamespace(block_pool=pool)
 
     def oldest(self, request, tokens, blocks=()):
@@ -157,6 +157,9 @@ def test_what_counts_blocks_is_called_as_before():
         assert blocks_to_allocate(original)(one, *args, **options) == original(one, *args, **options)
         assert asked.pop() == expected
     assert blocks_to_allocate(oldest)(one, "a", 5) == 0 and not asked
+    pool.stock = [7, 8]
+    assert blocks_to_allocate(oldest)(one, "a", 32) == 2 and not asked  # what is in stock is secured
+    assert blocks_to_allocate(oldest)(one, "a", 48) == 3 and asked.pop() == (3, True)
     with pytest.raises(TypeError):
         blocks_to_allocate(oldest)(one, "a")
 

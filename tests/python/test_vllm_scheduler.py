@@ -79,7 +79,7 @@ def test_as_plain_vllm(layout, ahead):
             assert ours.got == plain.got
         ours.check(), plain.check()
         assert ours.preemptions == plain.preemptions > 0
-        assert not ours.scheduler.has_unfinished_requests() and not engine.pool._stock
+        assert not ours.scheduler.has_unfinished_requests() and not engine.pool.stock
         assert ours.scheduler.reset_prefix_cache()
         engine.memory.model.drain()
         assert engine.memory.model.stats().physical_usage == engine.memory.blocks.extent_bytes
@@ -168,7 +168,7 @@ def test_a_growth_that_fails_in_a_step_preempts(monkeypatch, ahead):
             request = request_of(10 + len(taken), [1000 * len(taken) + i for i in range(10**6, 10**6 + 64)])
             taken.append(request if other.manager.allocate_slots(request, 64) is not None else None)
         assert len(taken) > 1 and ours.preemptions == 0
-        assert engine.memory.available() + len(engine.pool._stock) == 0
+        assert engine.memory.available() + len(engine.pool.stock) == 0
         steps = 0
         while ours.scheduler.has_unfinished_requests():
             ours.step()

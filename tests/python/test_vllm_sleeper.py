@@ -130,7 +130,7 @@ def test_what_ends_while_it_sleeps_gives_its_blocks_back_at_the_end(running):
     served.check()
     assert core.scheduler.reset_prefix_cache()
     engine.memory.model.drain()
-    assert engine.memory.blocks.held == 1 + len(engine.pool._stock)
+    assert engine.memory.blocks.held == 1 + len(engine.pool.stock)
 
 
 def test_vllms_own_pause_and_wake_go_with_it(running):

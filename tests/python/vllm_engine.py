@@ -100,7 +100,7 @@ class HostEngine:
         block_of = memory.arrangement.block_of
         cached = [block_of(block.block_id) for block in pool.free_block_queue.in_order()]
         used = [block_of(block.block_id) for block in pool.blocks if block.ref_cnt > 0 and not block.is_null]
-        everyone = [0, *cached, *used, *pool._stock]
+        everyone = [0, *cached, *used, *pool.stock]
         assert len(set(everyone)) == len(everyone) == memory.blocks.held
         assert all(memory.blocks.references(block) == 1 for block in everyone)
         assert len(cached) == pool.free_block_queue.num_free_blocks

@@ -60,6 +60,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
 
     memory: KVMemory | None = None
     free_block_queue: FreeKVCacheBlockQueue
+    stock: deque[int] = deque(maxlen=0)  # numbers of blocks that are held for the next requests
     # What get_num_free_blocks() answers, as it is asked for every request of a step: None where it must be counted.
     # No promise: what is promised is secured.
     _can_be_had: int | None = None
@@ -73,7 +74,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         # Held while the scheduler makes a step, in which blocks that it has found must not go. Reentrant.
         self.step_lock: Any = threading.RLock()
         self._keep = prefix_cache
-        self._stock: deque[int] = deque()
+        self.stock = deque()
         self._refused = self._short = False
         self._ask_again = 0.0
         self._counting_ids = False
@@ -118,7 +119,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             self.memory.expect(n + STOCK if n > 0 else 0)
 
     def _secured(self) -> int:
-        return len(self._stock) + int(self.free_block_queue.num_free_blocks)
+        return len(self.stock) + int(self.free_block_queue.num_free_blocks)
 
     def get_num_free_blocks(self) -> int:
         """How many blocks can be had now: cached ones, and free ones that there is memory for."""
@@ -149,8 +150,10 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         if self.memory is None:
             return list(super().get_new_blocks(num_blocks))
         with self.step_lock:
-            stock = self._stock
-            if num_blocks <= len(stock):
+            stock = self.stock
+            if num_blocks == 1 and stock:  # of each request of a decode step
+                blocks = [self.blocks[stock.popleft()]]
+            elif num_blocks <= len(stock):
                 blocks = [self.blocks[stock.popleft()] for _ in range(num_blocks)]
             else:
                 blocks = self._take(num_blocks)
@@ -167,12 +170,12 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
     def _take(self, n: int) -> list[KVCacheBlock]:
         """Fresh blocks as far as there is memory that nobody has, then the oldest cached ones. All or none."""
         assert self.memory is not None
-        if len(self._stock) < n:
-            self._restock(n - len(self._stock))
-        lacking = n - len(self._stock)
+        if len(self.stock) < n:
+            self._restock(n - len(self.stock))
+        lacking = n - len(self.stock)
         if lacking > self.free_block_queue.num_free_blocks:
             raise ValueError(f"Cannot get {n} free blocks from the pool")
-        fresh = [self.blocks[self._stock.popleft()] for _ in range(min(n, len(self._stock)))]
+        fresh = [self.blocks[self.stock.popleft()] for _ in range(min(n, len(self.stock)))]
         if lacking <= 0:
             return fresh
         oldest: list[KVCacheBlock] = self.free_block_queue.popleft_n(lacking)
@@ -189,7 +192,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
     def _fetch(self, n: int) -> list[int]:
         assert self.memory is not None
         ids = self.memory.try_allocate(n)
-        self._stock.extend(ids)
+        self.stock.extend(ids)
         self._can_be_had = None
         return ids
 
@@ -260,10 +263,10 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
     # --- what goes back ---
 
     def _return_stock(self) -> None:
-        if self._stock:
+        if self.stock:
             assert self.memory is not None
-            self.memory.free(list(self._stock))
-            self._stock.clear()
+            self.memory.free(list(self.stock))
+            self.stock.clear()
 
     def _give_back(self, blocks: Sequence[KVCacheBlock]) -> None:
         assert self.memory is not None
@@ -278,7 +281,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             return False
         with self.step_lock:
             self._refused, self._can_be_had = False, None
-            extra = [self._stock.pop() for _ in range(len(self._stock) - (0 if idle else STOCK))]
+            extra = [self.stock.pop() for _ in range(len(self.stock) - (0 if idle else STOCK))]
             if extra:
                 self.memory.free(extra)
             if idle:

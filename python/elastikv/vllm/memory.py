@@ -99,7 +99,6 @@ class KVMemory:
         self._named: set[int] = set()
         self._stream: torch.cuda.Stream | None = None
         self._idle: elastikv.ReclaimHandle | None = None
-        self._expected = 0
         self.asleep = False
         self._owed: list[int] = []  # freed while asleep
         logger.info(
@@ -150,9 +149,8 @@ class KVMemory:
             return []
 
     def expect(self, n: int) -> None:
-        """n blocks are about to be asked for: the worker maps what it may of them meanwhile."""
-        if (n or self._expected) and not self.asleep:
-            self._expected = n
+        """n blocks are about to be asked for: the worker maps what it may of them meanwhile, and what is kept ahead."""
+        if not self.asleep:
             self.blocks.expect(n)
 
     def hold_up_to(self, last: int) -> None:

@@ -269,12 +269,10 @@ def manager_init(original: Function) -> Function:
 
 def blocks_to_allocate(original: Function) -> Function:
     """Called for every request of a step, so it is made with the original's own parameters: to collect and to pass on
-    *args and **options takes a microsecond, and a step has hundreds of requests."""
+    *args and **options takes a microsecond, and a step has hundreds of requests. What the stock has is secured."""
 
     def secure(coordinator: Any, n: int, to_admit: bool) -> None:
-        elastic = getattr(coordinator.block_pool, "secure", None)
-        if elastic is not None:
-            elastic(n, at_once=not to_admit)
+        coordinator.block_pool.secure(n, at_once=not to_admit)
 
     parameters = inspect.signature(original).parameters
     made: dict[str, Any] = {"original": original, "secure": secure}
@@ -292,7 +290,7 @@ def blocks_to_allocate(original: Function) -> Function:
     exec(
         f"def count({', '.join(takes)}):\n"
         f"    n = original({', '.join(passes)})\n"
-        f"    if n > 0:\n"
+        f"    if n > 0 and n > len(self.block_pool.stock):\n"
         f"        secure(self, n, {to_admit})\n"
         f"    return n\n",
         made,
