@@ -23,6 +23,7 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
 from elastikv.vllm.memory import KVMemory
 
+NO_STOCK: deque[int] = deque(maxlen=0)
 STOCK = 16  # blocks that are fetched from the elastic pool at once, and kept from step to step
 PATIENCE = 0.02  # seconds that a request of others waits for a step of ours
 GIVEN_AT_ONCE = 8  # a share of what is cached, so that an engine whose load rises need not ask for each prompt
@@ -60,7 +61,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
 
     memory: KVMemory | None = None
     free_block_queue: FreeKVCacheBlockQueue
-    stock: deque[int] = deque(maxlen=0)  # numbers of blocks that are held for the next requests
+    stock = NO_STOCK  # numbers of blocks that are held for the next requests
     # What get_num_free_blocks() answers, as it is asked for every request of a step: None where it must be counted.
     # No promise: what is promised is secured.
     _can_be_had: int | None = None
