@@ -46,7 +46,7 @@ import decode_report  # noqa: E402
 #: Ways that run together, and how many steps of each are timed, in a full and in a quick run.
 RACES = {
     "graphs": (("graph", "graph, resident"), 128, 64),
-    "eager": (("eager", "dynamic, flash", "eager, sdpa"), 40, 30),
+    "eager": (("eager", "dynamic, flash", "eager, sdpa"), 100, 60),
     "dynamic": (("dynamic",), 10, 10),
     "static": (("static",), 16, 16),
     "rest": (("graph, joined", "graph, compiled"), 64, 64),
