@@ -36,7 +36,7 @@ def make(request):
 
 def admit(manager, request):
     """As the scheduler does: look for a prefix, then ask for slots. The hits, or None where the request must wait."""
-    blocks, hits = manager.get_computed_blocks(request)
+    blocks, hits, *_ = manager.get_computed_blocks(request)
     new = manager.allocate_slots(request, request.num_tokens - hits, hits, blocks)
     return None if new is None else hits
 
@@ -52,7 +52,9 @@ def test_only_the_null_block_has_memory_at_first(make):
 def test_memory_comes_with_a_request_and_goes_with_it(make):
     engine = make()
     request = request_of(1, list(range(BLOCK * 10 + 1)))
-    engine.manager.enable_caching = False
+    coordinator = engine.manager.coordinator
+    for each in (engine.manager, coordinator, *coordinator.single_type_managers):
+        each.enable_caching = False
     assert admit(engine.manager, request) == 0
     engine.check()
     assert engine.pool.in_use() == 11

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from elastikv.vllm.engine import Engine, NotSupported
 from elastikv.vllm.patches import blocks_named, blocks_to_allocate
 from elastikv.vllm.settings import Settings
 from elastikv.vllm.versions import PATCHES, Patch, version_of
-from vllm_engine import BLOCK, HostEngine, cache_config, request_of
+from vllm_engine import BLOCK, HostEngine, allocate, cache_config, request_of
 
 
 def config_of(**fields):
@@ -29,11 +30,11 @@ def config_of(**fields):
 
 
 FRESH = """
-import os, sys, unittest.mock
-sys.modules["xgrammar"] = unittest.mock.MagicMock()
+import os
+import vllm_without_xgrammar
 import elastikv.vllm, vllm, vllm.v1.core.block_pool as pool, vllm.v1.core.kv_cache_coordinator as coordinator
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 def told():
     before = pool.BlockPool, coordinator.BlockPool, Scheduler.schedule
@@ -52,18 +53,19 @@ for other in ("0.19.1", "0.99.0", "1.0.0"):
     vllm.__version__ = other
     print(f"{other}:", told())
 vllm.__version__ = known
-reshape, get = GPUModelRunner._reshape_kv_cache_tensors, pool.BlockPool.get_new_blocks
-del GPUModelRunner._reshape_kv_cache_tensors
+sleep, get = Worker.sleep, pool.BlockPool.get_new_blocks
+del Worker.sleep
 pool.BlockPool.get_new_blocks = lambda self, how_many: None
 print("changed:", told())
-GPUModelRunner._reshape_kv_cache_tensors, pool.BlockPool.get_new_blocks = reshape, get
+Worker.sleep, pool.BlockPool.get_new_blocks = sleep, get
 print("on:", told())
 print("again:", told())
 """
 
 
 def test_when_vllm_is_patched():
-    environment = {**os.environ, "ELASTIKV_VLLM": "0"}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "ELASTIKV_VLLM": "0", "PYTHONPATH": path}
     ran = subprocess.run([sys.executable, "-c", FRESH], env=environment, capture_output=True, text=True)
     told = dict(line.split(": ", 1) for line in ran.stdout.splitlines() if ": " in line and "[" not in line)
     assert ran.returncode == 0, ran.stderr
@@ -71,7 +73,7 @@ def test_when_vllm_is_patched():
     assert told["bad"] == "ValueError: ELASTIKV_VLLM must be 0 or 1, not 'yes'"
     for other in ("0.19.1", "0.99.0", "1.0.0"):
         assert told[other].startswith("NotSupported") and f"this is {other}; nothing was patched" in told[other]
-    assert "GPUModelRunner._reshape_kv_cache_tensors is not there" in told["changed"]
+    assert "Worker.sleep is not there" in told["changed"]
     assert "BlockPool.get_new_blocks takes (self, how_many), not (self, num_blocks, ...)" in told["changed"]
     assert (told["on"], told["again"]) == ("patched", "as it was")
 
@@ -175,7 +177,7 @@ def test_blocks_that_warm_up_names_have_memory_meanwhile():
     )
     try:
         with engine.starting(), engine.allocating():
-            engine.allocate(config, torch.device("cpu"), dict)
+            allocate(engine, config)
         named = list(blocks_named(planned))
         assert sorted(named) == [1, 2, 3, 4, 5, 17, 18]
         for _ in range(2):
@@ -200,7 +202,7 @@ def test_weights_count_and_sleep_gives_them_up():
         ledger = elastikv.Ledger(engine.memory.pool_name)
         assert {(one.model, one.reserve) for one in ledger.clients()} == {("chat", 0), ("chat (weights)", limit // 2)}
         request = request_of(1, list(range(BLOCK * 30 + 1)))
-        hits, _ = engine.manager.get_computed_blocks(request)
+        hits, *_ = engine.manager.get_computed_blocks(request)
         assert engine.manager.allocate_slots(request, request.num_tokens, 0, hits) is not None
         engine.manager.free(request)
         assert ledger.stats().committed == limit // 2 + engine.settled()

@@ -1,4 +1,6 @@
-"""vLLM's KV tensors over elastic blocks: its own reshaping, in both model runners, and what lies where."""
+"""vLLM's KV tensors over elastic blocks: its own reshaping, in both model runners, and what lies where.
+
+test_vllm_views has the same for vLLM from 0.29 on."""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ import pytest
 import torch
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 from elastikv.vllm.engine import Engine
 from elastikv.vllm.layout import MARK, BlockParts, LayerByLayer, LayoutNotPossible, Part, parts_of, place, stand_ins
@@ -28,7 +32,8 @@ from vllm_engine import (
 
 # Its runners are called as this version has them.
 pytestmark = pytest.mark.skipif(
-    version_of(vllm.__version__) < (0, 25), reason="vLLM's runners were different before 0.25"
+    not (0, 25) <= version_of(vllm.__version__) < (0, 29),
+    reason="vLLM's runners are different before 0.25 and from 0.29",
 )
 BLOCKS = 24
 
@@ -149,7 +154,7 @@ def test_views_are_vllms_over_our_blocks(engine, make_views, kv_first, heads_fir
 
 
 def test_states_of_recurrent_layers(engine):
-    """Mamba's are a list a layer, one after the other in a block."""
+    """Mamba's lie one after the other in a block: a list a layer, or pages, which the layer takes apart."""
     shapes, dtypes = ((4, 6), (3, 5)), (torch.float32, torch.bfloat16)
     spec = MambaSpec(block_size=BLOCK, shapes=shapes, dtypes=dtypes, page_size_padded=LAYER_BYTES)
     config = cache_config(BLOCKS)
@@ -157,11 +162,23 @@ def test_states_of_recurrent_layers(engine):
     with engine.starting(), engine.allocating():
         views = views_by_runner_2(engine, config, backend(), BLOCK)
     ids = tables_of(engine.memory, engine.memory.try_allocate(5))
-    assert [[tuple(one.shape[1:]) for one in view] for view in views.values()] == [list(shapes)] * LAYERS
-    for n, view in enumerate(views.values()):
+
+    class Layer(MambaBase):
+        mamba_type = None
+        get_state_shape, get_state_dtype = (lambda self: shapes), (lambda self: dtypes)
+
+    states = []
+    for view in views.values():
+        if isinstance(view, torch.Tensor):
+            layer = Layer()
+            layer.bind_kv_cache(view)
+            view = layer.kv_cache
+        states.append(view)
+    assert [[tuple(one.shape[1:]) for one in view] for view in states] == [list(shapes)] * LAYERS
+    for n, view in enumerate(states):
         for i, one in enumerate(view):
             one[ids] = n + 2 * i
-    for n, view in enumerate(views.values()):
+    for n, view in enumerate(states):
         for i, one in enumerate(view):
             assert one[ids].eq(n + 2 * i).all()
 

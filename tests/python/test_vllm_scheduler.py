@@ -13,7 +13,7 @@ import torch
 from elastikv.vllm.engine import Engine
 from elastikv.vllm.settings import Settings
 from elastikv.vllm.versions import version_of
-from vllm_engine import HostEngine, cache_config, random_prompt
+from vllm_engine import HostEngine, allocate, cache_config, random_prompt
 from vllm_scheduler import WIDTH, Model, expected_tokens, request_of, run_step, scheduler_of
 
 TOKENS = 17  # of each request
@@ -48,7 +48,7 @@ def elastic(num_blocks, pool, **settings):
     engine = Engine(Settings(pool=pool, park=0, extent=4096, ahead=settings.pop("ahead", 0), **settings), "chat")
     engine.device_bytes = 1 << 30
     with engine.starting(), engine.allocating():
-        engine.allocate(cache_config(num_blocks), torch.device("cpu"), dict)
+        allocate(engine, cache_config(num_blocks))
         scheduler = scheduler_of(num_blocks, tokens_a_step)
     engine.started()
     blocks, part = engine.memory.arrangement.blocks_of("0.0")

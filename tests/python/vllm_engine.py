@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import inspect
 import random
-import sys
-from unittest import mock
 
 import pytest
 import torch
 
-sys.modules.setdefault("xgrammar", mock.MagicMock())  # structured output is not needed, and it may not import
+import vllm_without_xgrammar  # noqa: F401
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -28,6 +26,11 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 from vllm.v1.request import Request
+
+try:
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+except ImportError:  # before 0.29
+    KVCacheLayout = None
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -36,7 +39,11 @@ from elastikv.vllm.engine import Engine
 from elastikv.vllm.settings import Settings
 from elastikv.vllm.versions import patch_all
 
-__all__ = ["AttentionGroup", "GPUModelRunner", "MambaSpec", "runner_v2"]  # xgrammar is taken care of here, for all
+# xgrammar is taken care of here, for all.
+__all__ = [
+    "AttentionGroup", "FullAttentionSpec", "GPUModelRunner", "KVCacheConfig", "KVCacheGroupSpec", "KVCacheLayout",
+    "KVCacheTensor", "MambaSpec", "runner_v2",
+]  # fmt: skip
 
 patch_all()
 init_none_hash(sha256)
@@ -45,6 +52,7 @@ BLOCK = 16  # tokens
 HEADS, HEAD = 1, 8
 LAYER_BYTES = 2 * BLOCK * HEADS * HEAD * 2  # K and V, bfloat16: 512
 LAYERS = 2
+ONE_TENSOR = hasattr(runner_v2, "allocate_kv_cache")  # from vLLM 0.29 on one function makes all views
 
 
 def spec(window: int | None = None) -> FullAttentionSpec | SlidingWindowSpec:
@@ -53,13 +61,17 @@ def spec(window: int | None = None) -> FullAttentionSpec | SlidingWindowSpec:
 
 
 def cache_config(num_blocks: int, windows: tuple[int | None, ...] = (None,)) -> KVCacheConfig:
-    """A group for each window, of LAYERS layers; layer i of all groups shares a tensor, as vLLM has it."""
+    """A group for each window, of LAYERS layers; layer i of all groups has the same bytes, as vLLM has it."""
+    region = LAYER_BYTES * num_blocks
+    if ONE_TENSOR:
+        layers = [[f"{g}.{i}" for i in range(LAYERS)] for g in range(len(windows))]
+        tensors = [KVCacheTensor(LAYERS * region, each, region, LAYER_BYTES) for each in layers]
+    else:
+        shared = [[f"{g}.{i}" for g in range(len(windows))] for i in range(LAYERS)]
+        tensors = [KVCacheTensor(size=region, shared_by=each) for each in shared]
     return KVCacheConfig(
         num_blocks=num_blocks,
-        kv_cache_tensors=[
-            KVCacheTensor(size=LAYER_BYTES * num_blocks, shared_by=[f"{g}.{i}" for g in range(len(windows))])
-            for i in range(LAYERS)
-        ],
+        kv_cache_tensors=tensors,
         kv_cache_groups=[
             KVCacheGroupSpec([f"{g}.{i}" for i in range(LAYERS)], spec(window)) for g, window in enumerate(windows)
         ],
@@ -70,6 +82,13 @@ def manager_of(config: KVCacheConfig, max_model_len: int = 8192) -> KVCacheManag
     options = {"max_model_len": max_model_len, "scheduler_block_size": BLOCK, "hash_block_size": BLOCK}
     known = inspect.signature(KVCacheManager.__init__).parameters  # they differ from version to version
     return KVCacheManager(config, **{name: value for name, value in options.items() if name in known})
+
+
+def allocate(engine: Engine, config: KVCacheConfig) -> dict[str, torch.Tensor]:
+    """As vLLM's runners do: raw tensors, or views."""
+    if ONE_TENSOR:
+        return runner_v2.allocate_kv_cache(config, torch.device("cpu"), KVCacheLayout.LBNHC)
+    return engine.allocate(config, torch.device("cpu"), dict)
 
 
 class HostEngine:
@@ -83,7 +102,7 @@ class HostEngine:
         self.engine = Engine(Settings(pool=pool, **settings), name)
         self.engine.device_bytes = 1 << 30
         with self.engine.starting(), self.engine.allocating():
-            self.raw = self.engine.allocate(config, torch.device("cpu"), dict)
+            self.raw = allocate(self.engine, config)
             self.manager = manager_of(config)
         self.pool: ElasticBlockPool = self.manager.block_pool
         self.memory = self.engine.memory

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 import elastikv
-from elastikv.vllm.layout import LayoutNotPossible, parts_of, place, stand_ins
+from elastikv.vllm.layout import (
+    BlockParts,
+    LayoutNotPossible,
+    pages_of,
+    parts_of,
+    parts_of_placed,
+    place,
+    stand_in_config,
+    stand_ins,
+)
 from elastikv.vllm.memory import KVMemory, find_ledger, ledger_name
 from elastikv.vllm.settings import Settings
 
@@ -127,6 +136,34 @@ class Engine:
             layout = parts_of(config.num_blocks, config.kv_cache_tensors)
         except LayoutNotPossible as error:
             return self._fall_back(error)
+        self._make_memory(config.num_blocks, device, layout)
+        return stand_ins(layout)
+
+    def allocate_views(
+        self, config: Any, device: torch.device, plain: Callable[[Any, torch.device], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """The same from vLLM 0.29 on, where one function makes tensor and views: views over blocks.
+
+        plain: makes vLLM's, of a config on a device.
+        """
+        if not self._allocating or not config.kv_cache_tensors:
+            return plain(config, device)
+        self._plain = lambda: plain(config, device)
+        try:
+            pages = pages_of(config)
+            layout = parts_of_placed(config.num_blocks, config.kv_cache_tensors, pages.__getitem__)
+            self._make_memory(config.num_blocks, device, layout)
+            views = plain(stand_in_config(config, pages), torch.device("meta"))
+            assert self.memory is not None
+            placed = {}
+            for layer, view in views.items():
+                blocks, part = self.memory.arrangement.blocks_of(layer)
+                placed[layer] = place(view, part, blocks)
+            return placed
+        except LayoutNotPossible as error:
+            return self._fall_back(error)
+
+    def _make_memory(self, num_blocks: int, device: torch.device, layout: BlockParts) -> None:
         self.close()
         total = self.device_bytes or torch.cuda.get_device_properties(device).total_memory
         try:
@@ -134,14 +171,13 @@ class Engine:
                 self.settings,
                 self.name,
                 device,
-                config.num_blocks,
+                num_blocks,
                 layout,
                 device_bytes=total,
                 other_bytes=self.other_bytes if self.settings.other is None else self.settings.other,
             )
         except elastikv.InvalidArgument as error:
             raise NotSupported(f"elastikv: '{self.name}' finds no place in its pool: {error}") from error
-        return stand_ins(layout)
 
     def place(
         self,

@@ -11,9 +11,9 @@ with the same shape and other strides. So whatever a backend wants of its tensor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
@@ -32,6 +32,16 @@ class RawTensor(Protocol):
 
     size: int
     shared_by: list[str]
+
+
+class PlacedLayers(Protocol):
+    """The same from vLLM 0.29 on: layers of one allocation, whose bytes of a block begin at
+    ``offset + layer * layer_stride + block * block_stride``."""
+
+    layers: list[str]
+    layer_stride: int
+    block_stride: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,29 @@ def parts_of(num_blocks: int, tensors: Sequence[RawTensor]) -> BlockParts:
     return BlockParts(end, parts)
 
 
+def parts_of_placed(num_blocks: int, placed: Sequence[PlacedLayers], page_of: Callable[[str], int]) -> BlockParts:
+    """The same for layers of one allocation. page_of: a layer's bytes of a block.
+
+    Raises LayoutNotPossible where a layer's blocks do not begin as far into each of them.
+    """
+    parts: dict[str, Part] = {}
+    end = 0
+    for each in placed:
+        for number, layer in enumerate(each.layers):
+            page, begin = page_of(layer), each.offset + number * each.layer_stride
+            if each.block_stride == page:  # the layer's blocks lie one after the other, behind those of others
+                begin, rest = divmod(begin, num_blocks)
+                if rest:
+                    raise LayoutNotPossible(f"the blocks of '{layer}' don't lie behind {num_blocks} of other layers")
+            elif begin + page > each.block_stride:
+                raise LayoutNotPossible(f"'{layer}' has {page} bytes of a block from {begin} of {each.block_stride} on")
+            if begin % ALIGNMENT:
+                raise LayoutNotPossible(f"'{layer}' begins {begin} bytes into a block, not a multiple of {ALIGNMENT}")
+            parts[layer] = Part(begin, page)
+            end = max(end, begin + page)
+    return BlockParts(-(-end // ALIGNMENT) * ALIGNMENT, parts)
+
+
 class SideBySide:
     """Blocks of all layers, one after the other. Ids in block tables are the elastic pool's own."""
 
@@ -97,6 +130,10 @@ class SideBySide:
 
     def zero(self, table_ids: torch.Tensor) -> None:
         self._raw.index_fill_(0, table_ids, 0)
+
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """All layers of blocks, by table ids; all sources are read before a target is written."""
+        self._raw.index_copy_(0, targets, self._raw.index_select(0, sources))
 
 
 class LayerByLayer:
@@ -146,14 +183,47 @@ class LayerByLayer:
         return min(self._blocks, -(-end // (self._count * self._chunk)) * self._per)
 
     def zero(self, table_ids: torch.Tensor) -> None:
-        shape = (self._ids, self._count, self._size)
-        self._memory.as_strided(shape, (self._size, self._chunk, 1)).index_fill_(0, table_ids, 0)
+        self._by_id().index_fill_(0, table_ids, 0)
+
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        blocks = self._by_id()
+        blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+
+    def _by_id(self) -> torch.Tensor:
+        """int8 [ids, layers, bytes]; ids of held blocks have memory in all layers."""
+        return self._memory.as_strided((self._ids, self._count, self._size), (self._size, self._chunk, 1))
 
 
 def stand_ins(blocks: BlockParts) -> dict[str, torch.Tensor]:
     """What vLLM makes its views over: int8 on device `meta`, MARK blocks for each layer."""
     made = {part: torch.empty(MARK * part.size, dtype=torch.int8, device="meta") for part in blocks.parts.values()}
     return {layer: made[part] for layer, part in blocks.parts.items()}
+
+
+def pages_of(config: Any) -> dict[str, int]:
+    """Bytes of a block by layer, of vLLM's KVCacheConfig from 0.29 on. Raises LayoutNotPossible where it has other
+    tensors than views of layers, or blocks of another pool."""
+    specs: dict[str, Any] = {}
+    for group in config.kv_cache_groups:
+        each = getattr(group.kv_cache_spec, "kv_cache_specs", None)  # of layers that differ
+        specs.update(each or dict.fromkeys(group.layer_names, group.kv_cache_spec))
+    for layer, spec in specs.items():
+        if not getattr(spec, "has_layer_views", True):
+            raise LayoutNotPossible(f"'{layer}' has no tensor of its own")
+    if any(getattr(tensor, "host_resident", False) for tensor in config.kv_cache_tensors):
+        raise LayoutNotPossible("some KV tensors lie in host memory")
+    return {layer: int(spec.page_size_bytes) for layer, spec in specs.items()}
+
+
+def stand_in_config(config: Any, pages: Mapping[str, int]) -> Any:
+    """The config for stand-ins: each layer has MARK blocks, from the beginning of the allocation on."""
+    size = MARK * max(pages.values())
+    tensors = [
+        replace(tensor, size=size, layers=[layer], layer_stride=size, block_stride=pages[layer], offset=0)
+        for tensor in config.kv_cache_tensors
+        for layer in tensor.layers
+    ]
+    return replace(config, num_blocks=MARK, kv_cache_tensors=tensors)
 
 
 def place(view: torch.Tensor, part: Part, blocks: torch.Tensor) -> torch.Tensor:

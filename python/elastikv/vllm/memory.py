@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,6 +37,14 @@ def find_ledger(name: str) -> elastikv.Ledger | None:
         return ledger if ledger.stats().processes else None
     except elastikv.LedgerError:
         return None
+
+
+_of_storage: weakref.WeakValueDictionary[int, KVMemory] = weakref.WeakValueDictionary()
+
+
+def memory_of(tensor: torch.Tensor) -> KVMemory | None:
+    """The memory that a view lies in; None for torch's own."""
+    return _of_storage.get(tensor.untyped_storage().data_ptr())
 
 
 class KVMemory:
@@ -91,6 +100,7 @@ class KVMemory:
         self.ceiling = min(num_blocks * self.blocks.block_stride + 2 * self.blocks.extent_bytes, limit)
         self.model.set_quota(limit=self.ceiling)
         self.raw = self.blocks.layer(0)
+        _of_storage[self.raw.untyped_storage().data_ptr()] = self
         self.blocks_per_extent = self.blocks.extent_bytes // self.blocks.block_stride
         self.arrangement = self._arranged(settings.layout)
         null = self.blocks.allocate(1)
@@ -181,6 +191,13 @@ class KVMemory:
         """All layers of blocks that are held, in the order of the current stream."""
         if table_ids:
             self.arrangement.zero(torch.tensor(table_ids, dtype=torch.int64).to(self.device, non_blocking=True))
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """All layers of held blocks to other held ones, (source, target) by table ids, in the order of the current
+        stream. All sources are read before a target is written."""
+        if pairs:
+            ids = torch.tensor([list(pair) for pair in pairs], dtype=torch.int64).to(self.device, non_blocking=True)
+            self.arrangement.copy(*ids.unbind(1))
 
     def on_idle(self, give_up: Callable[[int], int]) -> None:
         """give_up(wanted) is called, on any thread, where somebody lacks memory; it returns the bytes it freed."""

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 
 from elastikv.vllm.engine import Engine, NotSupported, current
+from elastikv.vllm.memory import memory_of
 
 Function = Callable[..., Any]
 WAITING_LOOKED_AT = 64  # requests that may start in the next step
@@ -203,6 +204,19 @@ def allocate(original: Function) -> Function:
     return allocate
 
 
+def allocate_views(original: Function) -> Function:
+    def allocate(kv_cache_config: Any, device: Any, *args: Any, **options: Any) -> Any:
+        def plain(config: Any, device: Any) -> Any:
+            return original(config, device, *args, **options)
+
+        engine = current()
+        return (
+            plain(kv_cache_config, device) if engine is None else engine.allocate_views(kv_cache_config, device, plain)
+        )
+
+    return allocate
+
+
 def reshape(original: Function) -> Function:
     def reshape(*args: Any, **options: Any) -> Any:
         engine = current()
@@ -231,6 +245,21 @@ def zero_blocks(original: Function) -> Function:
             engine.memory.zero(block_ids)
 
     return zero
+
+
+def copy_blocks(original: Function) -> Function:
+    """vLLM's takes a layer's view to have a row a block, or all of its storage to be of blocks."""
+
+    def copy(kv_caches: Any, num_blocks: int, kv_cache_block_copies: Any, *args: Any, **options: Any) -> None:
+        caches = list(kv_caches)
+        first = caches[0] if caches else None
+        memory = None if first is None else memory_of(first[0] if isinstance(first, (list, tuple)) else first)
+        if memory is None:
+            original(caches, num_blocks, kv_cache_block_copies, *args, **options)
+        else:
+            memory.copy(kv_cache_block_copies)
+
+    return copy
 
 
 def zeroer_init(original: Function) -> Function:

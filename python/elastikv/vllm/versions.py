@@ -16,7 +16,7 @@ from typing import Any
 from elastikv.vllm import patches
 from elastikv.vllm.engine import NotSupported
 
-OLDEST, NEWEST = (0, 20), (0, 25)  # minor versions that were tried
+OLDEST, NEWEST = (0, 20), (0, 33)  # minor versions that were tried
 
 Function = Callable[..., Any]
 
@@ -62,7 +62,9 @@ class Patch:
 
 _V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.attn_utils"
 _CORE, _WORKER = "vllm.v1.engine.core", "vllm.v1.worker.gpu_worker"
+_ONE_TENSOR = (0, 29)  # the version from which a function makes the KV cache's tensor and all its views
 _SCHEDULER, _COORDINATOR = "vllm.v1.core.sched.scheduler", "vllm.v1.core.kv_cache_coordinator"
+_COPY = ("kv_caches", "num_blocks", "kv_cache_block_copies")
 
 PATCHES = (
     Patch(_CORE, "EngineCore.__init__", ("self", "vllm_config", "executor_class", "log_stats"), patches.engine_init),
@@ -78,11 +80,27 @@ PATCHES = (
     Patch(_WORKER, "Worker.compile_or_warm_up_model", ("self",), patches.warm_up),
     Patch(_WORKER, "Worker.sleep", ("self", "level"), patches.sleep),
     Patch(_WORKER, "Worker.wake_up", ("self", "tags"), patches.wake_up),
-    Patch(_V2, "_allocate_kv_cache", ("kv_cache_config",), patches.allocate),
-    Patch(_V2, "_reshape_kv_cache", (), patches.reshape),
-    Patch(_V1, "GPUModelRunner._allocate_kv_cache_tensors", ("self", "kv_cache_config"), patches.allocate),
-    Patch(_V1, "GPUModelRunner._reshape_kv_cache_tensors", ("self", "kv_cache_raw_tensors"), patches.reshape),
-    Patch(_V1, "GPUModelRunner.init_fp8_kv_scales", ("self",), patches.fp8_scales),
+    Patch(_V2, "_allocate_kv_cache", ("kv_cache_config",), patches.allocate, before=_ONE_TENSOR),
+    Patch(_V2, "_reshape_kv_cache", (), patches.reshape, before=_ONE_TENSOR),
+    Patch(
+        _V1,
+        "GPUModelRunner._allocate_kv_cache_tensors",
+        ("self", "kv_cache_config"),
+        patches.allocate,
+        before=_ONE_TENSOR,
+    ),
+    Patch(
+        _V1,
+        "GPUModelRunner._reshape_kv_cache_tensors",
+        ("self", "kv_cache_raw_tensors"),
+        patches.reshape,
+        before=_ONE_TENSOR,
+    ),
+    Patch(_V1, "GPUModelRunner.init_fp8_kv_scales", ("self",), patches.fp8_scales, before=_ONE_TENSOR),
+    Patch(_V2, "allocate_kv_cache", ("kv_cache_config", "device", "layout"), patches.allocate_views, since=_ONE_TENSOR),
+    Patch(_V1, "allocate_kv_cache", ("kv_cache_config", "device", "layout"), patches.allocate_views, since=_ONE_TENSOR),
+    Patch(_V1, "copy_kv_cache_blocks_inplace", _COPY, patches.copy_blocks, since=(0, 26)),
+    Patch("vllm.v1.worker.gpu.model_runner", "copy_kv_cache_blocks_inplace", _COPY, patches.copy_blocks, since=(0, 26)),
     Patch("vllm.v1.worker.utils", "KVBlockZeroer.__init__", ("self",), patches.zeroer_init),
     Patch("vllm.v1.worker.utils", "KVBlockZeroer.zero_block_ids", ("self", "block_ids"), patches.zero_blocks),
     Patch(
