@@ -207,16 +207,16 @@ must outlive the pool. Raises InvalidArgument for a block that is not held (a do
             "it. Other models may take that room first.")
         .def(
             "expect",
-            [](const Blocks& blocks, std::uint64_t n) {
+            [](const Blocks& blocks, std::uint64_t n, bool refill) {
                 const py::gil_scoped_release release;
-                blocks.pool().expect(n);
+                blocks.pool().expect(n, refill);
             },
-            arg("n"),
+            arg("n"), py::kw_only(), arg("refill") = true,
             R"(n blocks are about to be asked for: their extents are mapped in the background, as far as ahead_bytes allow.
 
 Without waiting, and nobody is asked for memory. They stay until they are taken or a later call says less; 0 when nothing
 is expected any more. Called between steps, with 0 too, it has what was taken of ahead_bytes mapped anew a little at a
-time; else that waits until little is left, and then holds up who allocates.)")
+time, unless refill is false; else that waits until little is left, and then holds up who allocates.)")
         .def("layer", &layer, arg("index"),
              R"([num_blocks, *block_shape]: one layer's part of every block, strided, at addresses that never change.
 

@@ -290,7 +290,7 @@ std::uint64_t BlockPool::available() const {
     return map_.free_mapped() + std::min<std::uint64_t>(map_.free_unmapped(), room);
 }
 
-void BlockPool::expect(std::uint64_t blocks) {
+void BlockPool::expect(std::uint64_t blocks, bool refill) {
     process_.require_same_process();
     const std::lock_guard lock(mutex_);
     require_open();
@@ -299,7 +299,11 @@ void BlockPool::expect(std::uint64_t blocks) {
     const std::uint64_t lacking =
         std::min(blocks > map_.free_mapped() ? blocks - map_.free_mapped() : 0, map_.free_unmapped());
     set_expected(std::min(ahead_, (lacking + per - 1) / per));
-    map_ahead([](std::uint64_t there, std::uint64_t wanted) { return std::min(wanted, there + ahead_a_turn); });
+    if (refill) {
+        map_ahead([](std::uint64_t there, std::uint64_t wanted) { return std::min(wanted, there + ahead_a_turn); });
+    } else if (expected_ > 0) {
+        map_ahead([](std::uint64_t, std::uint64_t) { return std::uint64_t{0}; });
+    }
 }
 
 void BlockPool::set_expected(std::uint64_t extents) noexcept {

@@ -91,7 +91,7 @@ class BlockPool {
     // budget allow, and stay parked until they are taken or a later call says less. Who calls this between steps, with
     // 0 too, has what was taken of `ahead` mapped anew a little at a time, and not while he allocates: the driver's
     // calls hold up both. A hint. Throws PoolClosed.
-    void expect(std::uint64_t blocks);
+    void expect(std::uint64_t blocks, bool refill = true);
 
     BlockStats stats() const;
     // Frees all blocks, after all of the device's work where any is held. Later use throws PoolClosed, and the

@@ -62,6 +62,8 @@ TEST_CASE("blocks: what is ahead is mapped anew between steps, a little at a tim
     at.take(4 * 8);
     CHECK(parked(at) == 8 * at.page);
     CHECK(at.calls(DriverCall::create) == creates);  // not while somebody allocates
+    at.pool->expect(0, /*refill=*/false);
+    CHECK(parked(at) == 8 * at.page);
     for (const Bytes pages : {10, 12, 14, 16, 16}) {
         at.pool->expect(0);
         CHECK(parked(at) == pages * at.page);

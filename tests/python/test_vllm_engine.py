@@ -16,7 +16,8 @@ import torch
 
 import elastikv
 from elastikv.vllm.engine import Engine, NotSupported
-from elastikv.vllm.patches import blocks_named, blocks_to_allocate
+from elastikv.vllm.patches import blocks_named
+from elastikv.vllm.scheduler_patches import blocks_to_allocate
 from elastikv.vllm.settings import Settings
 from elastikv.vllm.versions import PATCHES, Patch, version_of
 from vllm_engine import BLOCK, HostEngine, allocate, cache_config, request_of

@@ -181,3 +181,40 @@ def test_a_growth_that_fails_in_a_step_preempts(monkeypatch, ahead):
     finally:
         other.close()
         engine.close()
+
+
+@pytest.mark.skipif(version_of(vllm.__version__) < (0, 26), reason="copied no blocks")
+@pytest.mark.parametrize("end", ["step", "idle", "reset"])
+def test_what_is_copied_is_held_until_the_copy_is_enqueued(end):
+    """vLLM frees source and target while it plans the step that copies."""
+    engine, ours = elastic(60, "test-copies", limit=1 << 30, prefix_cache=0)
+    pool = engine.pool
+    try:
+        pair = pool.get_new_blocks(2)
+        numbers = [engine.memory.arrangement.block_of(block.block_id) for block in pair]
+        ours.scheduler._free_cow_retained_blocks(pair, 1)
+        pool.end_step()
+        assert pool.in_use() == 2 and all(engine.memory.blocks.references(each) == 1 for each in numbers)
+        if end == "step":
+            ours.add(1, list(range(40)))
+            ours.step()
+        elif end == "idle":
+            pool.end_step(idle=True)
+        else:
+            assert ours.scheduler.reset_prefix_cache()
+        assert all(block.ref_cnt == 0 or end == "step" for block in pair) and not pool._copied
+        while ours.scheduler.has_unfinished_requests():
+            ours.step()
+        assert pool.in_use() == 0
+    finally:
+        engine.close()
+
+
+def test_a_request_that_never_fits_a_step_is_no_refusal():
+    """vLLM's managers of states say so by more blocks than there are."""
+    engine, _ = elastic(60, "test-sentinel", limit=1 << 30)
+    try:
+        engine.pool.secure(61)
+        assert not engine.pool._refused and engine.pool._ask_again == 0 and not engine.pool.end_step()
+    finally:
+        engine.close()

@@ -12,6 +12,8 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 import vllm_engine  # noqa: F401, I001 (takes care of xgrammar)
 import vllm.v1.worker.gpu.model_runner as runner_2
 import vllm.v1.worker.gpu_model_runner as runner_1
+from vllm.v1.kv_cache_interface import KVQuantMode
+from vllm.v1.worker.utils import KVBlockZeroer
 from elastikv.vllm.engine import Engine
 from elastikv.vllm.layout import LayoutNotPossible, parts_of_placed
 from elastikv.vllm.patches import copy_blocks
@@ -160,6 +162,36 @@ def test_blocks_are_copied_in_all_layers(engine, layout):
     called, plain = [], views_of(config, layout, BLOCK)
     copy_blocks(lambda *arguments: called.append(arguments))(plain.values(), BLOCKS, [(1, 2)])
     assert called == [(list(plain.values()), BLOCKS, [(1, 2)])]  # of torch's own tensors vLLM copies
+
+
+def test_zeroing_needs_nothing_of_the_views(engine):
+    config = config_of("LBNHC")
+    views = elastic_views_of(engine, config, "LBNHC", BLOCK)
+    with engine.starting():
+        zeroer = KVBlockZeroer(CPU, [], [BLOCK], {}, BLOCKS)
+    tables = [engine.memory.arrangement.table_id(block) for block in engine.memory.try_allocate(3)]
+    for view in views.values():
+        view[tables] = 7
+    zeroer.zero_block_ids(tables[:2])
+    for view in views.values():
+        assert view[tables[:2]].eq(0).all() and view[tables[2:]].eq(7).all()
+
+
+def test_caches_that_are_more_than_blocks_are_vllms_own(engine):
+    """Scales for each token are set for all blocks at once; some kernels ask how far apart blocks lie."""
+    config = config_of("LBNHC")
+    spec = config.kv_cache_groups[0].kv_cache_spec
+    quantized = KVQuantMode(next(mode for mode in KVQuantMode if mode.is_per_token_head))
+    odd_ones = [replace(spec, kv_quant_mode=quantized)]
+    if hasattr(spec, "block_stride_alignment"):
+        odd_ones.append(replace(spec, block_stride_alignment=3 * 512))
+    for odd in odd_ones:
+        page = odd.page_size_bytes
+        tensors = [replace(each, size=LAYERS * page * BLOCKS, layer_stride=page * BLOCKS, block_stride=page)
+                   for each in config.kv_cache_tensors]  # fmt: skip
+        other = replace(config, kv_cache_tensors=tensors, kv_cache_groups=[KVCacheGroupSpec(["0.0", "0.1"], odd)])
+        views = elastic_views_of(engine, other, "LBNHC")
+        assert engine.memory is None and all(not view.is_meta for view in views.values())
 
 
 def test_profiling_runs_have_tensors_of_their_own(engine):

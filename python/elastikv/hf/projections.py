@@ -67,7 +67,11 @@ class _Group:
         with torch.inference_mode(linears[0].weight.is_inference()), torch.no_grad():
             self._weight = torch.cat([each.weight for each in linears])
             self._bias = None if linears[0].bias is None else torch.cat([each.bias for each in linears])
-            self._join()
+            try:
+                self._join()
+            except BaseException:
+                self.leave()
+                raise
 
     def _join(self) -> None:
         begin = 0
@@ -152,5 +156,6 @@ def _alike(linears: list[torch.nn.Linear]) -> bool:
     kinds = {
         (each.in_features, each.weight.dtype, each.weight.device, each.bias is None, each.weight.is_inference())
         for each in linears
-    }
-    return len(kinds) == 1 and len({id(each.weight) for each in linears}) == len(linears)
+    }  # fmt: skip
+    biases = all(each.bias is None or each.bias.is_inference() == each.weight.is_inference() for each in linears)
+    return len(kinds) == 1 and biases and len({id(each.weight) for each in linears}) == len(linears)

@@ -79,6 +79,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         self._refused = self._short = False
         self._ask_again = 0.0
         self._counting_ids = False
+        self._copied: list[KVCacheBlock] = []
         self._block_of = memory.arrangement.block_of
         for number, block in enumerate(self.blocks):  # out of vLLM's queue, and named as block tables have them
             block.prev_free_block = block.next_free_block = None
@@ -94,7 +95,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
 
         at_once: they are about to be taken; else memory that nobody else has is enough.
         """
-        if self.memory is None:
+        if self.memory is None or n >= self.num_gpu_blocks:  # so vLLM says that a request does not fit this step
             return
         with self.step_lock:
             if self._refused:
@@ -249,6 +250,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         if self.memory is None:
             return bool(super().reset_prefix_cache())
         with self.step_lock:
+            self.release_copied()
             self._counting_ids, self._can_be_had = True, None
             try:
                 done = bool(super().reset_prefix_cache())
@@ -262,6 +264,17 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             return done
 
     # --- what goes back ---
+
+    def keep_for_copies(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """To be freed once the copies from and to them, which the step under way plans, are enqueued."""
+        with self.step_lock:
+            self._copied.extend(blocks)
+
+    def release_copied(self) -> None:
+        if self._copied:
+            with self.step_lock:
+                copied, self._copied = self._copied, []
+                self.free_blocks(copied)
 
     def _return_stock(self) -> None:
         if self.stock:
@@ -281,12 +294,14 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         if self.memory is None:
             return False
         with self.step_lock:
+            if idle:
+                self.release_copied()
             self._refused, self._can_be_had = False, None
             extra = [self.stock.pop() for _ in range(len(self.stock) - (0 if idle else STOCK))]
             if extra:
                 self.memory.free(extra)
             if idle:
-                self.memory.expect(0)
+                self.memory.expect(0, refill=False)
             short, self._short = self._short, False
             return short
 

@@ -14,10 +14,11 @@ import elastikv
 from elastikv.vllm.layout import (
     BlockParts,
     LayoutNotPossible,
-    pages_of,
     parts_of,
     parts_of_placed,
     place,
+    require_stride,
+    specs_of,
     stand_in_config,
     stand_ins,
 )
@@ -133,6 +134,7 @@ class Engine:
             return plain()
         self._plain = plain
         try:
+            specs_of(config)
             layout = parts_of(config.num_blocks, config.kv_cache_tensors)
         except LayoutNotPossible as error:
             return self._fall_back(error)
@@ -150,7 +152,8 @@ class Engine:
             return plain(config, device)
         self._plain = lambda: plain(config, device)
         try:
-            pages = pages_of(config)
+            specs = specs_of(config)
+            pages = {layer: int(spec.page_size_bytes) for layer, spec in specs.items()}
             layout = parts_of_placed(config.num_blocks, config.kv_cache_tensors, pages.__getitem__)
             self._make_memory(config.num_blocks, device, layout)
             views = plain(stand_in_config(config, pages), torch.device("meta"))
@@ -159,6 +162,7 @@ class Engine:
             for layer, view in views.items():
                 blocks, part = self.memory.arrangement.blocks_of(layer)
                 placed[layer] = place(view, part, blocks)
+                require_stride(layer, placed[layer], specs[layer])
             return placed
         except LayoutNotPossible as error:
             return self._fall_back(error)

@@ -11,6 +11,7 @@ with the same shape and other strides. So whatever a backend wants of its tensor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -133,7 +134,9 @@ class SideBySide:
 
     def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """All layers of blocks, by table ids; all sources are read before a target is written."""
-        self._raw.index_copy_(0, targets, self._raw.index_select(0, sources))
+        for part in set(self._layout.parts.values()):  # one by one, as all layers of many blocks are gigabytes
+            layer = self._raw[:, part.offset : part.offset + part.size]
+            layer.index_copy_(0, targets, layer.index_select(0, sources))
 
 
 class LayerByLayer:
@@ -186,8 +189,8 @@ class LayerByLayer:
         self._by_id().index_fill_(0, table_ids, 0)
 
     def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        blocks = self._by_id()
-        blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+        for layer in self._by_id().unbind(1):
+            layer.index_copy_(0, targets, layer.index_select(0, sources))
 
     def _by_id(self) -> torch.Tensor:
         """int8 [ids, layers, bytes]; ids of held blocks have memory in all layers."""
@@ -200,9 +203,8 @@ def stand_ins(blocks: BlockParts) -> dict[str, torch.Tensor]:
     return {layer: made[part] for layer, part in blocks.parts.items()}
 
 
-def pages_of(config: Any) -> dict[str, int]:
-    """Bytes of a block by layer, of vLLM's KVCacheConfig from 0.29 on. Raises LayoutNotPossible where it has other
-    tensors than views of layers, or blocks of another pool."""
+def specs_of(config: Any) -> dict[str, Any]:
+    """vLLM's specs by layer. Raises LayoutNotPossible where a cache is more than blocks of the same bytes."""
     specs: dict[str, Any] = {}
     for group in config.kv_cache_groups:
         each = getattr(group.kv_cache_spec, "kv_cache_specs", None)  # of layers that differ
@@ -210,9 +212,24 @@ def pages_of(config: Any) -> dict[str, int]:
     for layer, spec in specs.items():
         if not getattr(spec, "has_layer_views", True):
             raise LayoutNotPossible(f"'{layer}' has no tensor of its own")
+        if getattr(getattr(spec, "kv_quant_mode", None), "is_per_token_head", False):
+            raise LayoutNotPossible(
+                f"'{layer}' has scales for each token and head, which are set for all blocks at once"
+            )
     if any(getattr(tensor, "host_resident", False) for tensor in config.kv_cache_tensors):
         raise LayoutNotPossible("some KV tensors lie in host memory")
-    return {layer: int(spec.page_size_bytes) for layer, spec in specs.items()}
+    return specs
+
+
+def require_stride(layer: str, view: torch.Tensor, spec: Any) -> None:
+    """Raises LayoutNotPossible where blocks lie further apart than the layer's kernels can be told."""
+    ask = getattr(spec, "get_block_stride_alignment", None)
+    alignment = int((ask() if ask else getattr(spec, "block_stride_alignment", None)) or 1)
+    if "MLA" in type(spec).__name__:  # some kernels see rows of tokens, with all layers' between two blocks
+        alignment = math.lcm(alignment, int(spec.page_size_bytes) // int(spec.block_size))
+    apart = view.stride(0) * view.element_size()
+    if apart % alignment:
+        raise LayoutNotPossible(f"the blocks of '{layer}' lie {apart} bytes apart, not a multiple of {alignment}")
 
 
 def stand_in_config(config: Any, pages: Mapping[str, int]) -> Any:

@@ -158,10 +158,11 @@ class KVMemory:
             logger.debug("no memory for %d blocks: %s", n, error)
             return []
 
-    def expect(self, n: int) -> None:
-        """n blocks are about to be asked for: the worker maps what it may of them meanwhile, and what is kept ahead."""
+    def expect(self, n: int, *, refill: bool = True) -> None:
+        """n blocks are about to be asked for: the worker maps what it may of them meanwhile. refill: and a little of
+        what is kept ahead."""
         if not self.asleep:
-            self.blocks.expect(n)
+            self.blocks.expect(n, refill=refill)
 
     def hold_up_to(self, last: int) -> None:
         """All ids up to `last` have memory until let_go(): vLLM's warm-up names blocks that nobody gave it.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastikv.vllm import patches
+from elastikv.vllm import scheduler_patches as scheduler
 from elastikv.vllm.engine import NotSupported
 
 OLDEST, NEWEST = (0, 20), (0, 33)  # minor versions that were tried
@@ -104,17 +105,32 @@ PATCHES = (
     Patch("vllm.v1.worker.utils", "KVBlockZeroer.__init__", ("self",), patches.zeroer_init),
     Patch("vllm.v1.worker.utils", "KVBlockZeroer.zero_block_ids", ("self", "block_ids"), patches.zero_blocks),
     Patch(
-        "vllm.v1.core.kv_cache_manager", "KVCacheManager.__init__", ("self", "kv_cache_config"), patches.manager_init
+        "vllm.v1.core.kv_cache_manager",
+        "KVCacheManager.__init__",
+        ("self", "kv_cache_config"),
+        scheduler.manager_init,
     ),
     Patch(
         _COORDINATOR,
         "KVCacheCoordinator.get_num_blocks_to_allocate",
         ("self", "request_id", "num_tokens", "new_computed_blocks"),
-        patches.blocks_to_allocate,
+        scheduler.blocks_to_allocate,
     ),
-    Patch(_SCHEDULER, "Scheduler.schedule", ("self",), patches.schedule),
-    Patch(_SCHEDULER, "Scheduler.update_from_output", ("self", "scheduler_output"), patches.ends_requests),
-    Patch(_SCHEDULER, "Scheduler.finish_requests", ("self", "request_ids", "finished_status"), patches.ends_requests),
+    Patch(
+        _SCHEDULER,
+        "Scheduler._free_cow_retained_blocks",
+        ("self", "blocks", "fence_seq"),
+        scheduler.free_copied,
+        since=(0, 26),
+    ),
+    Patch(_SCHEDULER, "Scheduler.schedule", ("self",), scheduler.schedule),
+    Patch(_SCHEDULER, "Scheduler.update_from_output", ("self", "scheduler_output"), scheduler.ends_requests),
+    Patch(
+        _SCHEDULER,
+        "Scheduler.finish_requests",
+        ("self", "request_ids", "finished_status"),
+        scheduler.ends_requests,
+    ),
 )
 
 # What ElasticBlockPool overrides or uses of vLLM's block pool, and how it is called.
