@@ -1,7 +1,7 @@
 """What comes around functions of vLLM's engine and worker, one wrapper each.
 
-`versions` has which, and of which versions; `scheduler_patches` is for the scheduler. Each takes the original and returns
-what stands in its place. All do what the original does, unless an engine of ours is involved.
+`versions` has which, and of which versions; `scheduler_patches` is for the scheduler. Each takes the original and
+returns what stands in its place. All do what the original does, unless an engine of ours is involved.
 """
 
 from __future__ import annotations
