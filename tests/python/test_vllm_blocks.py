@@ -64,6 +64,18 @@ def test_memory_comes_with_a_request_and_goes_with_it(make):
     assert engine.settled() == engine.memory.blocks.extent_bytes
 
 
+def test_blocks_that_were_lost_since_are_not_zeroed(make):
+    """vLLM names the new blocks of a step, and may preempt their request in the same step."""
+    engine = make()
+    kept, lost = engine.memory.try_allocate(2)
+    engine.memory.raw[[kept, lost]] = 7
+    engine.memory.free([lost])
+    tables = [engine.memory.arrangement.table_id(block) for block in (kept, lost)]
+    engine.memory.zero(tables)
+    assert engine.memory.raw[kept].eq(0).all() and engine.memory.raw[lost].eq(7).all()  # on the same extent
+    engine.memory.free([kept])
+
+
 def test_a_prefix_keeps_its_memory_and_hits(make):
     engine = make()
     first = request_of(1, list(range(BLOCK * 10 + 1)))

@@ -189,9 +189,11 @@ class KVMemory:
         self.blocks.free(ids, streams=None if self._stream is None else [self._stream])
 
     def zero(self, table_ids: Sequence[int]) -> None:
-        """All layers of blocks that are held, in the order of the current stream."""
-        if table_ids:
-            self.arrangement.zero(torch.tensor(table_ids, dtype=torch.int64).to(self.device, non_blocking=True))
+        """All layers of blocks, in the order of the current stream; of those that are held, as a request may have lost
+        its own to another since vLLM named them."""
+        held = [each for each in table_ids if self.blocks.references(self.arrangement.block_of(each)) > 0]
+        if held:
+            self.arrangement.zero(torch.tensor(held, dtype=torch.int64).to(self.device, non_blocking=True))
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """All layers of held blocks to other held ones, (source, target) by table ids, in the order of the current
