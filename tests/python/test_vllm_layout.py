@@ -13,9 +13,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 
-from elastikv.vllm.engine import Engine
 from elastikv.vllm.layout import MARK, BlockParts, LayerByLayer, LayoutNotPossible, Part, parts_of, place, stand_ins
-from elastikv.vllm.settings import Settings
 from elastikv.vllm.versions import version_of
 from vllm_engine import (
     BLOCK,
@@ -27,7 +25,9 @@ from vllm_engine import (
     GPUModelRunner,
     MambaSpec,
     cache_config,
+    engine_of_layout,
     runner_v2,
+    tables_of,
 )
 
 # Its runners are called as this version has them.
@@ -60,15 +60,8 @@ def backend(kv_first: bool = False, heads_first: bool = False) -> type:
 
 @pytest.fixture(params=["blocks", "layers"])
 def engine(request):
-    made = Engine(Settings(pool="test-layout", limit=1 << 26, extent=4096, park=0, layout=request.param), "chat")
-    made.device_bytes = 1 << 26
-    yield made
-    made.close()
-
-
-def tables_of(memory, ids):
-    """What block tables hold for the elastic pool's blocks."""
-    return [memory.arrangement.table_id(block) for block in ids]
+    with engine_of_layout("test-layout", request.param) as made:
+        yield made
 
 
 def without(shape, dim):

@@ -14,10 +14,8 @@ import vllm.v1.worker.gpu.model_runner as runner_2
 import vllm.v1.worker.gpu_model_runner as runner_1
 from vllm.v1.kv_cache_interface import KVQuantMode
 from vllm.v1.worker.utils import KVBlockZeroer
-from elastikv.vllm.engine import Engine
 from elastikv.vllm.layout import LayoutNotPossible, parts_of_placed
 from elastikv.vllm.patches import copy_blocks
-from elastikv.vllm.settings import Settings
 from vllm_engine import (
     BLOCK,
     LAYER_BYTES,
@@ -30,7 +28,9 @@ from vllm_engine import (
     KVCacheTensor,
     MambaSpec,
     cache_config,
+    engine_of_layout,
     runner_v2,
+    tables_of,
 )
 
 pytestmark = pytest.mark.skipif(not ONE_TENSOR, reason="test_vllm_layout is for vLLM before 0.29")
@@ -42,10 +42,8 @@ LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC")
 
 @pytest.fixture(params=["blocks", "layers"])
 def engine(request):
-    made = Engine(Settings(pool="test-views", limit=1 << 26, extent=4096, park=0, layout=request.param), "chat")
-    made.device_bytes = 1 << 26
-    yield made
-    made.close()
+    with engine_of_layout("test-views", request.param) as made:
+        yield made
 
 
 def config_of(layout: str, windows=(None,), heads: int = 1) -> KVCacheConfig:
@@ -85,7 +83,7 @@ def test_views_are_vllms_over_our_blocks(engine, layout, kernel_block, windows, 
     assert views.keys() == plain.keys()
     ids = memory.try_allocate(10)
     memory.raw[ids] = 0
-    tables = [memory.arrangement.table_id(block) for block in ids]
+    tables = tables_of(memory, ids)
     for layer, view in views.items():
         assert view.shape[1:] == plain[layer].shape[1:] and view.dtype == plain[layer].dtype
         assert view.stride()[1:] == plain[layer].stride()[1:]
@@ -112,7 +110,7 @@ def test_states_of_recurrent_layers_are_pages(engine):
     spec = MambaSpec(block_size=BLOCK, shapes=shapes, dtypes=dtypes, page_size_padded=LAYER_BYTES)
     config.kv_cache_groups[0].kv_cache_spec = spec
     views = elastic_views_of(engine, config, "LBNHC")
-    tables = [engine.memory.arrangement.table_id(block) for block in engine.memory.try_allocate(5)]
+    tables = tables_of(engine.memory, engine.memory.try_allocate(5))
     for number, view in enumerate(views.values()):
         view[tables] = number + 1
     for number, view in enumerate(views.values()):
@@ -147,7 +145,7 @@ def test_blocks_are_copied_in_all_layers(engine, layout):
     """As vLLM's runners ask for it, where a request goes on with a part of another's block."""
     config = config_of(layout)
     views = elastic_views_of(engine, config, layout, BLOCK)
-    tables = [engine.memory.arrangement.table_id(block) for block in engine.memory.try_allocate(6)]
+    tables = tables_of(engine.memory, engine.memory.try_allocate(6))
     for number, view in enumerate(views.values()):
         for at, block in enumerate(tables):
             view[block] = 10 * number + at
@@ -169,7 +167,7 @@ def test_zeroing_needs_nothing_of_the_views(engine):
     views = elastic_views_of(engine, config, "LBNHC", BLOCK)
     with engine.starting():
         zeroer = KVBlockZeroer(CPU, [], [BLOCK], {}, BLOCKS)
-    tables = [engine.memory.arrangement.table_id(block) for block in engine.memory.try_allocate(3)]
+    tables = tables_of(engine.memory, engine.memory.try_allocate(3))
     for view in views.values():
         view[tables] = 7
     zeroer.zero_block_ids(tables[:2])

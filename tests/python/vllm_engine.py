@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import random
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from elastikv.vllm.block_pool import ElasticBlockPool
 from elastikv.vllm.engine import Engine
+from elastikv.vllm.memory import KVMemory
 from elastikv.vllm.settings import Settings
 from elastikv.vllm.versions import patch_all
 
@@ -89,6 +92,20 @@ def allocate(engine: Engine, config: KVCacheConfig) -> dict[str, torch.Tensor]:
     if ONE_TENSOR:
         return runner_v2.allocate_kv_cache(config, torch.device("cpu"), KVCacheLayout.LBNHC)
     return engine.allocate(config, torch.device("cpu"), dict)
+
+
+@contextlib.contextmanager
+def engine_of_layout(pool: str, layout: str) -> Iterator[Engine]:
+    """An engine that has not allocated yet, with small extents."""
+    made = Engine(Settings(pool=pool, limit=1 << 26, extent=4096, park=0, layout=layout), "chat")
+    made.device_bytes = 1 << 26
+    yield made
+    made.close()
+
+
+def tables_of(memory: KVMemory, ids: Sequence[int]) -> list[int]:
+    """What block tables hold for the elastic pool's blocks."""
+    return [memory.arrangement.table_id(block) for block in ids]
 
 
 class HostEngine:
