@@ -12,6 +12,7 @@ constexpr Bytes most_addresses = Bytes{1} << 63;
 constexpr Bytes default_extent = 16 * MiB;
 constexpr std::uint64_t used_for_ahead = 8;  // extents in use for each that is mapped ahead
 constexpr std::uint64_t ahead_a_turn = 2;    // extents that expect() has mapped at once where nothing is expected
+constexpr std::uint64_t few_ahead = 4;       // a share of what should be there; no more is little
 
 // The least that is whole blocks and whole pages; pages are a power of two.
 Bytes common_multiple(Bytes stride, Bytes page) {
@@ -124,10 +125,8 @@ Bytes BlockPool::try_take(std::span<BlockId> out, std::uint64_t whole_extents, c
         for (std::uint64_t i = 0; i < whole_extents; ++i) out = out.subspan(map_.take_from(extents[i], out));
     }
     map_.take(out);
-    if (missing > 0 && ahead_ > 0) {
-        // Late, as the driver's calls hold up those who ask for more meanwhile: expect() does it between steps.
-        map_ahead([](std::uint64_t there, std::uint64_t wanted) { return 4 * there <= wanted ? wanted : 0; });
-    }
+    // Late, as the driver's calls hold up those who ask for more meanwhile: expect() does it between steps.
+    if (missing > 0 && ahead_ > 0) map_ahead(ahead_, few_ahead);
     return 0;
 }
 
@@ -141,12 +140,14 @@ std::vector<std::uint64_t> BlockPool::parked_extents() const {
     return found;
 }
 
-// how_many(there, wanted): how many extents should be there then; of what is expected all, since one step takes it.
-void BlockPool::map_ahead(std::uint64_t (*how_many)(std::uint64_t, std::uint64_t)) {
+// Of what should be there at most so many extents more, where no more than that share of it is left; of what is
+// expected all, since one step takes it.
+void BlockPool::map_ahead(std::uint64_t at_most, std::uint64_t share) {
     try {
         const std::vector<std::uint64_t> parked = parked_extents();
-        const std::uint64_t wanted =
-            std::max(how_many(parked.size(), std::min(ahead_, map_.mapped_extents() / used_for_ahead)), expected_);
+        const std::uint64_t kept = std::min(ahead_, map_.mapped_extents() / used_for_ahead);
+        const bool refill = share * parked.size() <= kept;
+        const std::uint64_t wanted = std::max(refill ? std::min(kept, parked.size() + at_most) : 0, expected_);
         if (parked.size() >= wanted) return;
         const std::uint64_t blocks = std::min(wanted * layout_.blocks_per_extent(), map_.free_unmapped());
         std::vector<ByteRange> parts;
@@ -299,11 +300,7 @@ void BlockPool::expect(std::uint64_t blocks, bool refill) {
     const std::uint64_t lacking =
         std::min(blocks > map_.free_mapped() ? blocks - map_.free_mapped() : 0, map_.free_unmapped());
     set_expected(std::min(ahead_, (lacking + per - 1) / per));
-    if (refill) {
-        map_ahead([](std::uint64_t there, std::uint64_t wanted) { return std::min(wanted, there + ahead_a_turn); });
-    } else if (expected_ > 0) {
-        map_ahead([](std::uint64_t, std::uint64_t) { return std::uint64_t{0}; });
-    }
+    map_ahead(refill ? ahead_a_turn : 0, 1);
 }
 
 void BlockPool::set_expected(std::uint64_t extents) noexcept {

@@ -112,7 +112,7 @@ class BlockPool {
     Bytes try_allocate(std::span<BlockId> out, const AllocateOptions& options);
     Bytes try_take(std::span<BlockId> out, std::uint64_t whole_extents, const AllocateOptions& options);
     std::vector<std::uint64_t> parked_extents() const;
-    void map_ahead(std::uint64_t (*how_many)(std::uint64_t there, std::uint64_t wanted));
+    void map_ahead(std::uint64_t at_most, std::uint64_t share);
     Bytes try_map(const std::vector<std::uint64_t>& extents, const AllocateOptions& options);
     void set_expected(std::uint64_t extents) noexcept;
     void order_after_others(Stream stream);

@@ -23,7 +23,6 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
 from elastikv.vllm.memory import KVMemory
 
-NO_STOCK: deque[int] = deque(maxlen=0)
 STOCK = 16  # blocks that are fetched from the elastic pool at once, and kept from step to step
 PATIENCE = 0.02  # seconds that a request of others waits for a step of ours
 GIVEN_AT_ONCE = 8  # a share of what is cached, so that an engine whose load rises need not ask for each prompt
@@ -61,7 +60,6 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
 
     memory: KVMemory | None = None
     free_block_queue: FreeKVCacheBlockQueue
-    stock = NO_STOCK  # numbers of blocks that are held for the next requests
     # What get_num_free_blocks() answers, as it is asked for every request of a step: None where it must be counted.
     # No promise: what is promised is secured.
     _can_be_had: int | None = None
@@ -75,7 +73,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         # Held while the scheduler makes a step, in which blocks that it has found must not go. Reentrant.
         self.step_lock: Any = threading.RLock()
         self._keep = prefix_cache
-        self.stock = deque()
+        self.stock: deque[int] = deque()  # numbers of blocks that are held for the next requests
         self._refused = self._short = False
         self._ask_again = 0.0
         self._counting_ids = False
@@ -153,9 +151,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             return list(super().get_new_blocks(num_blocks))
         with self.step_lock:
             stock = self.stock
-            if num_blocks == 1 and stock:  # of each request of a decode step
-                blocks = [self.blocks[stock.popleft()]]
-            elif num_blocks <= len(stock):
+            if num_blocks <= len(stock):
                 blocks = [self.blocks[stock.popleft()] for _ in range(num_blocks)]
             else:
                 blocks = self._take(num_blocks)
