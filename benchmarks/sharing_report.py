@@ -27,7 +27,7 @@ def print_tables(result: dict[str, Any]) -> None:
         if "received" in row:
             parts += f"; {100 * row['received']:.0f} % handed over"
         print(
-            f"  {way:32} {row['extents']:5} extents  {row['ms']:8.3f} ms, usable after {row['usable_ms']:8.3f} ms"
+            f"  {way:37} {row['extents']:5} extents  {row['ms']:8.3f} ms, usable after {row['usable_ms']:8.3f} ms"
             f"  ({parts})"
         )
 

@@ -4,9 +4,10 @@
     benchmarks/python/bench_sharing.py [--json FILE]                 # on a GPU, 8 GiB
     benchmarks/python/bench_sharing.py --device cpu --size 268435456
 
-Times are from B's asking to having the memory, and to its being zeroed and usable on the device; medians. A's memory
-lies in extents as it would come: of open-ended growth, of the heap's and block pools' 32 MiB, as one, and with a handle
-a page, which nothing in elastikv makes by itself and which shows what a handle costs. `other process`: A is in one.
+Times are from B's asking to having the memory, and to its being zeroed and usable on the device; medians. A parks all
+that it had, and its memory lies in extents as it would come: of open-ended growth, as a heap cuts them in a pool of that
+size, of 32 MiB, as one, and with a handle a page, which nothing in elastikv makes by itself and which shows what a handle
+costs. `other process`: A is in one. `parked as by default`: A keeps what a pool's models keep unless told otherwise.
 
 Of extents that A hands over as they are (`received`, a share of what B gets) nothing is released or created: within a
 process it is map and set_access, and unmap once B has the memory; from another process all five. `scrub` is what is
@@ -33,7 +34,7 @@ import elastikv
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sharing_report
 
-HEAP_EXTENT = 32 << 20
+LARGEST = {"32 MiB extents": lambda size: 32 << 20, "a heap's extents": lambda size: max(size // 100, 8 << 20)}
 CALLS = ("unmap", "release", "create", "map", "set_access")
 
 
@@ -45,7 +46,7 @@ class Peak:
         self.kind, self.size, self.page = kind, size, self.model.page_size
         self.rows = elastikv.SlotTensor(
             self.model, 1, size // self.page, self.page, torch.uint8,
-            largest_extent=HEAP_EXTENT if kind == "32 MiB extents" else 0,
+            largest_extent=LARGEST[kind](size) if kind in LARGEST else 0,
         )  # fmt: skip
 
     def rise_and_fall(self) -> int:
@@ -59,7 +60,6 @@ class Peak:
         extents = self.model.stats().extents
         self.rows.shrink([0], [0])
         self.model.drain()
-        assert self.model.stats().parked == self.size, self.model.stats()
         return int(extents)
 
 
@@ -91,13 +91,16 @@ def found(extents: int, asked: list[float], usable: list[float], calls: Spent, r
     return {"extents": extents, **ms, "calls_ms": calls.medians(), "received": received}
 
 
-def hand_over(device: str, size: int, kind: str, reserve: int = 0, rounds: int = 5) -> dict[str, Any]:
+def hand_over(
+    device: str, size: int, kind: str, reserve: int = 0, rounds: int = 5, park_all: bool = True
+) -> dict[str, Any]:
     """A in this process."""
     asked, usable, calls = [], [], Spent()
-    with elastikv.SharedMemoryPool(size, device, park_limit=size) as pool:
+    with elastikv.SharedMemoryPool(size, device, park_limit=size if park_all else None) as pool:
         a, b = Peak(pool, kind, size), pool.register_model("B", 1 << 42)
         for number in range(rounds + 1):
             extents = a.rise_and_fall()
+            assert not park_all or a.model.stats().parked == size, a.model.stats()
             a.model.set_quota(reserve=reserve)
             wait(device)
             before, received = nanoseconds(a.model, b), b.stats().received
@@ -129,6 +132,7 @@ with elastikv.SharedMemoryPool({size}, {device!r}, park_limit={size}, name={name
     peak = Peak(pool, "open-ended", {size})
     for line in sys.stdin:
         told = peak.rise_and_fall() if line == "up\\n" else nanoseconds(peak.model)
+        assert line != "up\\n" or peak.model.stats().parked == peak.size, peak.model.stats()
         print(json.dumps(told), flush=True)
 """
 
@@ -185,7 +189,9 @@ def main() -> int:
     ways = {
         "open-ended": hand_over(device, size, "open-ended"),
         "open-ended, a quarter reserved": hand_over(device, size, "open-ended", reserve=size // 4),
+        "a heap's extents": hand_over(device, size, "a heap's extents"),
         "32 MiB extents": hand_over(device, size, "32 MiB extents"),
+        "32 MiB extents, parked as by default": hand_over(device, size, "32 MiB extents", park_all=False),
         "one extent": hand_over(device, size, "one extent"),
         "other process": from_other_process(device, size),
         "a handle a page": hand_over(device, size, "a handle a page", rounds=2),

@@ -59,7 +59,7 @@ ENGINES = {"pair": ("a", "b"), "trio": ("a", "b", "c")}
 SPAN = 12.0  # seconds in which requests come; an equal part of them is the peak of each engine
 REST = 3.0  # seconds more to serve them
 SLO = 0.5  # seconds to the first token
-ROUNDS = 7  # of `single`, by each engine
+ROUNDS = 15  # of `single`, by each engine
 
 
 class Bench:
