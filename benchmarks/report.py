@@ -21,6 +21,7 @@ import sys
 from typing import Any
 
 import allocator_report
+import attention_report
 import decode_report
 import pause_report
 import serving_report
@@ -34,6 +35,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # What the benches in Python find is shown by a module of its own each.
 REPORTS: dict[str, Any] = {
     "allocator": allocator_report,
+    "attention": attention_report,
     "decode": decode_report,
     "pause": pause_report,
     "serving": serving_report,
@@ -43,6 +45,7 @@ REPORTS: dict[str, Any] = {
 }
 HEADLINES = {
     "allocator": "Torch's allocations",
+    "attention": "Attention of one query a row, a layer, our kernel and torch's flash op,",
     "decode": "Milliseconds a token, median,",
     "pause": "A model that sleeps and wakes,",
     "serving": "A trace's requests to one model, and three models that share memory,",

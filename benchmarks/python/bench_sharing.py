@@ -4,10 +4,10 @@
     benchmarks/python/bench_sharing.py [--json FILE]                 # on a GPU, 8 GiB
     benchmarks/python/bench_sharing.py --device cpu --size 268435456
 
-Times are from B's asking to having the memory, and to its being zeroed and usable on the device; medians. A parks all
-that it had, and its memory lies in extents as it would come: of open-ended growth, as a heap cuts them in a pool of that
-size, of 32 MiB, as one, and with a handle a page, which nothing in elastikv makes by itself and which shows what a handle
-costs. `other process`: A is in one. `parked as by default`: A keeps what a pool's models keep unless told otherwise.
+Times are from B's asking to having the memory, and to its being zeroed and usable on the device; medians. A parks
+all that it had, and its memory lies in extents as it would come: of open-ended growth, as a heap cuts them in a pool of
+that size, of 32 MiB, as one, and with a handle a page, which nothing in elastikv makes by itself and which shows what a
+handle costs. `other process`: A is in one. `parked as by default`: A keeps what models keep unless told otherwise.
 
 Of extents that A hands over as they are (`received`, a share of what B gets) nothing is released or created: within a
 process it is map and set_access, and unmap once B has the memory; from another process all five. `scrub` is what is

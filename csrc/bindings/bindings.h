@@ -23,6 +23,7 @@ void bind_timeline(py::module_& module);
 void bind_tensors(py::module_& module);
 void bind_slots(py::module_& module);
 void bind_blocks(py::module_& module);
+void bind_kernels(py::module_& module);
 void bind_devices(py::module_& module);
 void bind_ways(py::module_& module);
 void bind_allocator(py::module_& module);

@@ -71,6 +71,7 @@ PYBIND11_MODULE(_core, module) {
     bind_tensors(module);
     bind_slots(module);
     bind_blocks(module);
+    bind_kernels(module);
     bind_devices(module);
     bind_ways(module);
     bind_allocator(module);

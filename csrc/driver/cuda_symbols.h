@@ -23,6 +23,11 @@ namespace elastikv {
     X(cuCtxPushCurrent, "cuCtxPushCurrent_v2")                                \
     X(cuCtxPopCurrent, "cuCtxPopCurrent_v2")                                  \
     X(cuCtxSynchronize, "cuCtxSynchronize")                                   \
+    X(cuCtxGetCurrent, "cuCtxGetCurrent")                                     \
+    X(cuCtxGetDevice, "cuCtxGetDevice")                                       \
+    X(cuModuleLoadData, "cuModuleLoadData")                                   \
+    X(cuModuleGetFunction, "cuModuleGetFunction")                             \
+    X(cuLaunchKernel, "cuLaunchKernel")                                       \
     X(cuMemGetInfo, "cuMemGetInfo_v2")                                        \
     X(cuMemGetAllocationGranularity, "cuMemGetAllocationGranularity")         \
     X(cuMemAddressReserve, "cuMemAddressReserve")                             \

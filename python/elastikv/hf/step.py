@@ -332,17 +332,27 @@ class DecodeStep(Step):
                 f"the step is for one token in each of {len(self.rows)} rows, but layer {layer} brought "
                 f"{key.shape[2]} in {key.shape[0]}"
             )
-        self._store(layer, self._index, key.squeeze(2), value.squeeze(2))
+        if flash.stores(key.device, key.dtype):
+            _core.fused_store(self.slots.keys[layer], self.slots.values[layer], self._index, key.squeeze(2),
+                              value.squeeze(2))  # fmt: skip
+        else:
+            self._store(layer, self._index, key.squeeze(2), value.squeeze(2))
         if not self._takes_flash(layer, extras):
             self.over_views = True
             if not self._ends:
                 self._ends = [int(length) + 1 for length in self.lengths.tolist()]
             return self._attend_rows(layer, query, self._ends, scaling, window, extras)
         starts, lengths = self._visible(window)
+        keys, values, max_key = (
+            self.slots.keys[layer],
+            self.slots.values[layer],
+            min(self.max_key, window or self.max_key),
+        )
+        if flash.decodes(query.device, query.dtype, query.shape[3], query.shape[1] // keys.shape[1]):
+            return _core.fused_attend(query.squeeze(2), keys, values, starts, lengths, max_key, scaling).unsqueeze(1)
         output = flash.attend(
-            query.squeeze(2), self.slots.keys[layer], self.slots.values[layer],
-            query_starts=self._query_starts, key_starts=starts, lengths=lengths,
-            max_query=1, max_key=min(self.max_key, window or self.max_key), scaling=scaling,
+            query.squeeze(2), keys, values, query_starts=self._query_starts, key_starts=starts, lengths=lengths,
+            max_query=1, max_key=max_key, scaling=scaling,
         )  # fmt: skip
         return output.unsqueeze(1)
 

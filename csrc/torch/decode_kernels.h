@@ -1,0 +1,38 @@
+// What a decode step does around its matrices and its attention, in one kernel each: norms, rotary embeddings, storing
+// keys and values, gates. In steps of a millisecond the number of kernels is what one waits for.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <utility>
+
+namespace elastikv::torch {
+
+// For bfloat16 and float16 on CUDA, of compute capability 8.0 and later. They are compiled on the machine they run on,
+// at their first use for a device and dtype; a graph may capture them from then on. All are enqueued on the current
+// stream and round where transformers' models do. Thread safe. Throw InvalidArgument for shapes, dtypes and devices
+// that do not fit, DeviceUnavailable where there are no such kernels.
+
+// Compiles them for a device and dtype, unless that was done. Why they can't be used there; empty if they can.
+std::string why_no_decode_kernels(const at::Device& device, at::ScalarType dtype);
+
+// Their machine code for compute capability major.minor, to look at: it takes NVRTC and no GPU. dtype: as above.
+std::string compiled_decode_kernels(at::ScalarType dtype, int major, int minor);
+
+// weight * states / sqrt(mean(states^2) + eps), over the last dimension, of a multiple of eight elements.
+at::Tensor fused_rms_norm(const at::Tensor& states, const at::Tensor& weight, double eps);
+
+// Queries and keys [row, head, 1, dim] turned by cosines and sines [row or 1, 1, dim], as transformers' rotary
+// embeddings do: the halves of a head make the pairs.
+std::pair<at::Tensor, at::Tensor> fused_rotate(const at::Tensor& query, const at::Tensor& key,
+                                               const at::Tensor& cosines, const at::Tensor& sines);
+
+// Keys and values [row, head, dim] to places[row], int64, of windows [token, head, dim].
+void fused_store(const at::Tensor& key_window, const at::Tensor& value_window, const at::Tensor& places,
+                 const at::Tensor& keys, const at::Tensor& values);
+
+// silu(gates) * factors, of a multiple of eight elements in the last dimension.
+at::Tensor fused_gate(const at::Tensor& gates, const at::Tensor& factors);
+
+}  // namespace elastikv::torch

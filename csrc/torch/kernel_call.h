@@ -1,0 +1,64 @@
+// What the functions that launch our own kernels share. Only where torch has CUDA.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <sstream>
+
+#include "base/error.h"
+#include "driver/device_program.h"
+
+namespace elastikv::torch {
+
+// Launches kernels of a program on a tensor's device, on torch's current stream there. Its device is the calling
+// thread's meanwhile.
+class KernelCall {
+  public:
+    KernelCall(const at::Tensor& like, DeviceProgram& program) : guard_(like.device()), program_(program) {}
+
+    // Nothing where there are no blocks. The arguments are passed as they are: pointers, int, long long, float.
+    template <typename... Arguments>
+    void launch(const char* kernel, std::int64_t blocks_x, std::int64_t blocks_y, std::int64_t threads,
+                Arguments... arguments) {
+        if (blocks_x == 0 || blocks_y == 0) return;
+        const auto stream = c10::cuda::getCurrentCUDAStream();
+        const Launch how{static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y),
+                         static_cast<unsigned>(threads), Stream{reinterpret_cast<std::uintptr_t>(stream.stream())}};
+        void* pointers[] = {static_cast<void*>(&arguments)...};
+        program_.launch(kernel, how, pointers);
+    }
+
+  private:
+    const c10::cuda::CUDAGuard guard_;
+    DeviceProgram& program_;
+};
+
+// What a kernel reads. What it writes beneath a window, too: the window's memory is nobody's to track.
+inline const void* read(const at::Tensor& tensor) { return tensor.const_data_ptr(); }
+
+// Such that a head's elements lie side by side.
+inline at::Tensor dense(const at::Tensor& states) { return states.stride(-1) == 1 ? states : states.contiguous(); }
+
+// Whether all are of one dtype, bfloat16 or float16, on one CUDA device.
+inline bool alike(std::initializer_list<const at::Tensor*> tensors) {
+    const at::Tensor& first = **tensors.begin();
+    const bool served = first.is_cuda() && (first.scalar_type() == at::kHalf || first.scalar_type() == at::kBFloat16);
+    return served && std::all_of(tensors.begin(), tensors.end(), [&](const at::Tensor* each) {
+               return each->device() == first.device() && each->scalar_type() == first.scalar_type();
+           });
+}
+
+[[noreturn]] inline void refuse(const char* what, std::initializer_list<const at::Tensor*> tensors) {
+    std::ostringstream text;
+    text << what << ":";
+    for (const at::Tensor* const each : tensors) {
+        text << " " << each->sizes() << " of " << each->dtype() << " on " << each->device();
+    }
+    throw InvalidArgument(text.str());
+}
+
+}  // namespace elastikv::torch
