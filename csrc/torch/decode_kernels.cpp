@@ -8,6 +8,8 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <string>
 
 #include "torch/decode_kernels_source.h"
@@ -40,6 +42,28 @@ at::Tensor by_eights(const at::Tensor& states) {
 
 std::int64_t threads_for(std::int64_t elements) {
     return std::clamp<std::int64_t>((elements + 31) / 32 * 32, 32, most_threads);
+}
+
+// Keys and values [row, head, dim]; without places row i's to i * pitch + number.
+void launch_store(const at::Tensor& key_window, const at::Tensor& value_window, const std::int64_t* places,
+                  std::int64_t pitch, std::int64_t number, const at::Tensor& keys, const at::Tensor& values) {
+    const at::Tensor from[] = {dense(keys), dense(values)};
+    const auto key_dim = static_cast<int>(keys.size(2)), value_dim = static_cast<int>(values.size(2));
+    KernelCall(keys, program_of(keys.scalar_type()))
+        .launch("store", keys.size(0), keys.size(1), threads_for(std::max(key_dim, value_dim)), read(key_window),
+                read(value_window), places, pitch, number, read(from[0]), read(from[1]), key_dim, value_dim,
+                key_window.stride(0), key_window.stride(1), value_window.stride(0), value_window.stride(1),
+                from[0].stride(0), from[0].stride(1), from[1].stride(0), from[1].stride(1));
+}
+
+// Whether a tensor of a dtype that is served finds them on its device; remembered, as it is asked once a layer and
+// step.
+bool there_are(const at::Tensor& like) {
+    static std::array<std::array<std::atomic<signed char>, 2>, C10_COMPILE_TIME_MAX_GPUS> known{};  // 0: not asked yet
+    std::atomic<signed char>& answer =
+        known[static_cast<std::size_t>(like.get_device())][like.scalar_type() == at::kHalf];
+    if (answer == 0) answer = why_no_decode_kernels(like.device(), like.scalar_type()).empty() ? 1 : -1;
+    return answer == 1;
 }
 
 }  // namespace
@@ -113,13 +137,15 @@ void fused_store(const at::Tensor& key_window, const at::Tensor& value_window, c
     if (at::GradMode::is_enabled() && (keys.requires_grad() || values.requires_grad())) {
         throw InvalidArgument("ElasticCache is written in place: run the model under torch.inference_mode()");
     }
-    const at::Tensor from[] = {dense(keys), dense(values)};
-    const auto key_dim = static_cast<int>(keys.size(2)), value_dim = static_cast<int>(values.size(2));
-    KernelCall(keys, program_of(keys.scalar_type()))
-        .launch("store", keys.size(0), keys.size(1), threads_for(std::max(key_dim, value_dim)), read(key_window),
-                read(value_window), read(places), read(from[0]), read(from[1]), key_dim, value_dim,
-                key_window.stride(0), key_window.stride(1), value_window.stride(0), value_window.stride(1),
-                from[0].stride(0), from[0].stride(1), from[1].stride(0), from[1].stride(1));
+    launch_store(key_window, value_window, static_cast<const std::int64_t*>(read(places)), 0, 0, keys, values);
+}
+
+bool try_fused_store_even(const at::Tensor& key_window, const at::Tensor& value_window, const at::Tensor& keys,
+                          const at::Tensor& values, std::int64_t pitch, std::int64_t before) {
+    const bool suits = key_window.stride(2) == 1 && value_window.stride(2) == 1;
+    if (!suits || !alike({&key_window, &value_window, &keys, &values}) || !there_are(keys)) return false;
+    launch_store(key_window, value_window, nullptr, pitch, before, keys.select(2, 0), values.select(2, 0));
+    return true;
 }
 
 at::Tensor fused_gate(const at::Tensor& gates, const at::Tensor& factors) {
@@ -152,6 +178,11 @@ std::pair<at::Tensor, at::Tensor> fused_rotate(const at::Tensor&, const at::Tens
 
 void fused_store(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&) {
     throw DeviceUnavailable("built without CUDA");
+}
+
+bool try_fused_store_even(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, std::int64_t,
+                          std::int64_t) {
+    return false;
 }
 
 at::Tensor fused_gate(const at::Tensor&, const at::Tensor&) { throw DeviceUnavailable("built without CUDA"); }

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <string>
 #include <utility>
 
@@ -31,6 +32,11 @@ std::pair<at::Tensor, at::Tensor> fused_rotate(const at::Tensor& query, const at
 // Keys and values [row, head, dim] to places[row], int64, of windows [token, head, dim].
 void fused_store(const at::Tensor& key_window, const at::Tensor& value_window, const at::Tensor& places,
                  const at::Tensor& keys, const at::Tensor& values);
+
+// Keys and values [row, head, 1, dim] of rows that hold `before` tokens each to those windows, row by row a `pitch`
+// apart. False, and nothing has happened, where these kernels don't serve them. Shapes are the caller's to check.
+bool try_fused_store_even(const at::Tensor& key_window, const at::Tensor& value_window, const at::Tensor& keys,
+                          const at::Tensor& values, std::int64_t pitch, std::int64_t before);
 
 // silu(gates) * factors, of a multiple of eight elements in the last dimension.
 at::Tensor fused_gate(const at::Tensor& gates, const at::Tensor& factors);

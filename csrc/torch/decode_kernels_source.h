@@ -86,12 +86,14 @@ extern "C" __global__ void rotate(const Element* query, const Element* key, cons
     }
 }
 
-// A block a row and head: one token's key and value to its place in the windows.
-extern "C" __global__ void store(Element* keys, Element* values, const long long* places, const Element* key,
+// A block a row and head: one token's key and value to its place in the windows, or without places to that number in each
+// pitch.
+extern "C" __global__ void store(Element* keys, Element* values, const long long* places, long long pitch, long long number, const Element* key,
                                  const Element* value, int key_dim, int value_dim, long long keys_token,
                                  long long keys_head, long long values_token, long long values_head, long long key_row,
                                  long long key_head, long long value_row, long long value_head) {
-    const long long place = places[blockIdx.x], head = blockIdx.y, row = blockIdx.x;
+    const long long head = blockIdx.y, row = blockIdx.x;
+    const long long place = places != nullptr ? places[row] : row * pitch + number;
     for (int i = threadIdx.x; i < key_dim; i += blockDim.x) {
         keys[place * keys_token + head * keys_head + i] = key[row * key_row + head * key_head + i];
     }

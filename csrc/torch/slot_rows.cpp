@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "base/error.h"
+#include "torch/decode_kernels.h"
 
 namespace elastikv::torch {
 namespace {
@@ -49,10 +50,10 @@ at::Tensor by_token(const at::Tensor& window, std::int64_t rows, std::int64_t pi
                              window.storage_offset() + begin * token);
 }
 
-// One token of each row with one launch instead of two: a place of keys and the place of its values are seen as two
-// steps of one dimension, and the states are concatenated into it. Rows that lie further apart than 32-bit offsets
-// reach take a launch for each part of them that does not: a copy would halve its work until offsets fit, in bytes, for
-// keys and for values. False where the states don't lie so.
+// One token of each row with one launch instead of two, in dtypes that no kernel of ours has: a place of keys and the
+// place of its values are seen as two steps of one dimension, and the states are concatenated into it. Rows that lie
+// further apart than 32-bit offsets reach take a launch for each part of them that does not: a copy would halve its
+// work until offsets fit, in bytes, for keys and for values. False where the states don't lie so.
 bool store_token(const at::Tensor& key_window, const at::Tensor& value_window, const at::Tensor& keys,
                  const at::Tensor& values, std::int64_t rows, std::int64_t pitch, std::int64_t before) {
     const std::int64_t apart = value_window.storage_offset() - key_window.storage_offset();
@@ -79,6 +80,7 @@ void store(const at::Tensor& key_window, const at::Tensor& value_window, const a
            const at::Tensor& values, std::int64_t rows, std::int64_t pitch, std::int64_t before) {
     require_fit(key_window, keys, rows, pitch, before);
     require_fit(value_window, values, rows, pitch, before);
+    if (keys.size(2) == 1 && try_fused_store_even(key_window, value_window, keys, values, pitch, before)) return;
     if (keys.size(2) == 1 && store_token(key_window, value_window, keys, values, rows, pitch, before)) return;
     tokens_of(key_window, rows, pitch, before, keys.size(2)).copy_(keys);
     tokens_of(value_window, rows, pitch, before, values.size(2)).copy_(values);

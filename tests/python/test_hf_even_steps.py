@@ -16,16 +16,17 @@ from test_hf_flash import states
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_even_steps_store_states_however_they_lie(device, model, apart):
-    """Contiguous states take one launch, parts of one projection take two; what is stored is the same."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_even_steps_store_states_however_they_lie(device, model, apart, dtype):
+    """On CUDA by one kernel in this dtype, else contiguous states take one launch and parts of one projection two."""
     slots = Slots(
-        KVGeometry((None,) * 2, (LayerShape(2, 8, 2, 8),) * 2), model=model, rows=3, max_tokens=8, dtype=torch.float16
+        KVGeometry((None,) * 2, (LayerShape(2, 8, 2, 8),) * 2), model=model, rows=3, max_tokens=8, dtype=dtype
     )
     slots.reserve([0, 1, 2], [3] * 3)
     slots.set_lengths([0, 1, 2], [3] * 3)
     step = EvenStep(slots, 3)
-    query = states(2, 3, 1, 8, device, torch.float16, 0)
-    joined = torch.cat([states(2, 3, 1, 8, device, torch.float16, number) for number in (1, 2)], 1)
+    query = states(2, 3, 1, 8, device, dtype, 0)
+    joined = torch.cat([states(2, 3, 1, 8, device, dtype, number) for number in (1, 2)], 1)
     keys, values = (part if apart else part.contiguous() for part in joined.split(2, 1))
     assert keys.is_contiguous() != apart
     step.compute(1, query, keys, values, None, None)
@@ -34,16 +35,18 @@ def test_even_steps_store_states_however_they_lie(device, model, apart):
             assert torch.equal(windows[1][row * slots.pitch + 3], side[row, :, 0])
 
 
-def test_even_steps_store_rows_that_lie_far_apart(device, shared):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_even_steps_store_rows_that_lie_far_apart(device, shared, dtype):
     """Further than 32-bit offsets reach, from row to row: all rows get their token, and no other."""
-    shape = LayerShape(16, 128, 16, 128)
-    far = 2**30 // (2 * 16 * 128)  # tokens: two rows reach as far as 32 bits, five don't
+    heads = 32 // dtype.itemsize
+    shape = LayerShape(heads, 128, heads, 128)
+    far = 2**30 // (2 * heads * 128)  # tokens: two rows reach as far as 32 bits, five don't
     handle = shared.register_model("far", virtual_capacity=1 << 36)
-    slots = Slots(KVGeometry((None,), (shape,)), model=handle, rows=5, max_tokens=far, dtype=torch.float16)
+    slots = Slots(KVGeometry((None,), (shape,)), model=handle, rows=5, max_tokens=far, dtype=dtype)
     slots.reserve(range(5), [3] * 5)
     slots.set_lengths(range(5), [3] * 5)
     step = EvenStep(slots, 5)
-    query, keys, values = (states(16, 5, 1, 128, device, torch.float16, number) for number in range(3))
+    query, keys, values = (states(heads, 5, 1, 128, device, dtype, number) for number in range(3))
     step.compute(0, query, keys, values, None, None)
     for side, windows in ((keys, slots.keys), (values, slots.values)):
         for row in range(5):

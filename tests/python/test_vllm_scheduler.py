@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,9 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import torch
 
+from elastikv.vllm import patches
 from elastikv.vllm.engine import Engine
+from elastikv.vllm.scheduler_patches import launched
 from elastikv.vllm.settings import Settings
 from elastikv.vllm.versions import version_of
 from vllm_engine import HostEngine, allocate, cache_config, random_prompt
@@ -19,11 +22,20 @@ from vllm_scheduler import WIDTH, Model, expected_tokens, request_of, run_step, 
 TOKENS = 17  # of each request
 
 
+class Launched(Model):
+    """Its steps are launched as the worker's are, which `patches.execute` sees."""
+
+    def step(self, scheduler, planned):
+        output = super().step(scheduler, planned)
+        launched(scheduler)
+        return output
+
+
 class Served:
     """A scheduler, its model, and the requests that it was given."""
 
     def __init__(self, scheduler, kv):
-        self.scheduler, self.model = scheduler, Model(kv)
+        self.scheduler, self.model = scheduler, Launched(kv)
         self.prompts: dict[str, list[int]] = {}
         self.got: dict[str, list[int]] = {}
         self.preemptions = 0
@@ -144,6 +156,66 @@ def test_who_steps_maps_for_the_first_step_only(prompts):
         assert ours.scheduler.reset_prefix_cache()
         model.drain()
         assert model.stats().physical_usage == blocks.extent_bytes
+    finally:
+        engine.close()
+
+
+def calls_of(monkeypatch, owner, *names):
+    """What is called of an object from now on, by name."""
+    called = []
+    for name in names:
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, n=name, m=method, **o: (called.append(n), m(*a, **o))[1])
+    return called
+
+
+def test_no_step_of_answers_asks_for_memory(monkeypatch):
+    """What a step takes was fetched behind the launch of the one before, also where all requests take a block at once;
+    where none does, nothing is fetched or given back."""
+    monkeypatch.setattr("elastikv.vllm.block_pool.STOCK", 2)
+    engine, ours = elastic(200, "test-calls", limit=1 << 30, ahead=8 * 4096, tokens_a_step=512)
+    scheduler, blocks = ours.scheduler, engine.memory.blocks
+    try:
+        for number in range(8):
+            ours.add(number, [number * 1000 + i for i in range(16 * 4 - 5)])  # five tokens more are in the last block
+        ours.step()
+        called = calls_of(monkeypatch, engine.memory, "try_allocate", "free")
+        grown = []
+        while len(scheduler.running) == 8:
+            used = engine.pool.in_use()
+            planned = scheduler.schedule()
+            assert not called
+            grown.append(engine.pool.in_use() - used)
+            output = ours.model.step(scheduler, planned)
+            following = sum(request.num_computed_tokens % 16 == 0 for request in scheduler.running)
+            assert called == (["try_allocate"] if following else []) and len(engine.pool.stock) == following
+            assert blocks.held == 1 + engine.pool.in_use() + following
+            called.clear()
+            scheduler.update_from_output(planned, output)
+        assert grown.count(8) == 1 and sum(grown) == 8
+        assert not engine.pool.stock and engine.pool.in_use() == 0
+    finally:
+        engine.close()
+
+
+def test_a_worker_makes_the_next_step_ready_once_this_one_is_launched(monkeypatch):
+    monkeypatch.setattr("elastikv.vllm.block_pool.STOCK", 2)
+    engine, ours = elastic(200, "test-launch", limit=1 << 30)
+    seen = []
+    execute = patches.execute(lambda worker, planned: seen.append(len(engine.pool.stock)) or "launched")
+    worker = SimpleNamespace(_elastikv=engine)
+    try:
+        engine.started(SimpleNamespace(scheduler=ours.scheduler))
+        for number in range(8):
+            ours.add(number, [number * 1000 + i for i in range(12)])
+        for length in (12, 13, 14, 15, 16):
+            planned = ours.scheduler.schedule()
+            assert {request.num_computed_tokens for request in ours.scheduler.running} == {length}
+            engine.pool._return_stock()  # as who lacks memory has it
+            assert execute(worker, planned) == "launched"
+            assert len(engine.pool.stock) == (8 if length == 16 else 0)  # all eight blocks are full then
+            ours.scheduler.update_from_output(planned, Model.step(ours.model, ours.scheduler, planned))
+        assert seen == [0] * 5
     finally:
         engine.close()
 

@@ -95,6 +95,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         """
         if self.memory is None or n >= self.num_gpu_blocks:  # so vLLM says that a request does not fit this step
             return
+        if n <= self._secured() and not self._refused:
+            return
         with self.step_lock:
             if self._refused:
                 self._refused, self._can_be_had = False, None
@@ -118,8 +120,16 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         if self.memory is not None:
             self.memory.expect(n + STOCK if n > 0 else 0)
 
+    def prepare(self, n: int) -> None:
+        """The next step is likely to take n blocks: they are fetched, as far as there is memory that nobody has."""
+        if self.memory is not None and n > len(self.stock):
+            with self.step_lock:
+                if not self.memory.asleep:
+                    self._restock(n - len(self.stock))
+
     def _secured(self) -> int:
-        return len(self.stock) + int(self.free_block_queue.num_free_blocks)
+        secured: int = len(self.stock) + self.free_block_queue.num_free_blocks
+        return secured
 
     def get_num_free_blocks(self) -> int:
         """How many blocks can be had now: cached ones, and free ones that there is memory for."""
@@ -168,18 +178,18 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
     def _take(self, n: int) -> list[KVCacheBlock]:
         """Fresh blocks as far as there is memory that nobody has, then the oldest cached ones. All or none."""
         assert self.memory is not None
-        if len(self.stock) < n:
+        if len(self.stock) < n and self._can_be_had != self._secured():  # else there was none just now
             self._restock(n - len(self.stock))
         lacking = n - len(self.stock)
         if lacking > self.free_block_queue.num_free_blocks:
             raise ValueError(f"Cannot get {n} free blocks from the pool")
-        fresh = [self.blocks[self.stock.popleft()] for _ in range(min(n, len(self.stock)))]
-        if lacking <= 0:
-            return fresh
-        oldest: list[KVCacheBlock] = self.free_block_queue.popleft_n(lacking)
-        for block in oldest:
-            self._maybe_evict_cached_block(block)
-        return fresh + oldest
+        fresh = [self.blocks[self.stock.popleft()] for _ in range(min(n, len(self.stock)))] if self.stock else []
+        if lacking > 0:
+            oldest = self.free_block_queue.popleft_n(lacking)
+            for block in oldest:
+                self._maybe_evict_cached_block(block)
+            fresh += oldest
+        return fresh
 
     def _restock(self, needed: int) -> None:
         assert self.memory is not None

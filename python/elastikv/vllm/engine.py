@@ -50,6 +50,7 @@ class Engine:
         self.other_bytes = 0
         self.device_bytes: int | None = None
         self.sleeper: Any = None  # see there; once there is a core
+        self.scheduler: Any = None  # likewise
         self._allocating = False
         self._plain: Callable[[], dict[str, torch.Tensor]] | None = None
 
@@ -235,7 +236,7 @@ class Engine:
         if self.memory is not None and core is not None:
             from elastikv.vllm.sleeper import Sleeper
 
-            self.sleeper = Sleeper(core, self.memory)
+            self.sleeper, self.scheduler = Sleeper(core, self.memory), core.scheduler
 
     # --- sleep, wake, end ---
 

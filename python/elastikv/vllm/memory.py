@@ -146,7 +146,7 @@ class KVMemory:
 
     def use_stream(self) -> None:
         """The current stream is the one that the engine computes on; other threads free blocks behind its work."""
-        if self.device.type == "cuda" and self._stream is None:
+        if self._stream is None and self.device.type == "cuda":
             self._stream = torch.cuda.current_stream(self.device)
 
     def try_allocate(self, n: int) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 
 from elastikv.vllm.engine import Engine, NotSupported, current
 from elastikv.vllm.memory import memory_of
-from elastikv.vllm.scheduler_patches import SHORT_OF_MEMORY
+from elastikv.vllm.scheduler_patches import SHORT_OF_MEMORY, launched
 
 Function = Callable[..., Any]
 
@@ -147,7 +147,10 @@ def execute(original: Function) -> Function:
         engine = getattr(self, "_elastikv", None)
         if engine is not None and engine.pool is None:
             engine.warm_up(blocks_named(scheduler_output))
-        return original(self, scheduler_output, *args, **options)
+        result = original(self, scheduler_output, *args, **options)
+        if engine is not None and engine.scheduler is not None:
+            launched(engine.scheduler)
+        return result
 
     return execute
 

@@ -78,12 +78,28 @@ def upcoming_blocks(scheduler: Any) -> int:
     return -(-tokens // int(scheduler.block_size)) * len(scheduler.kv_cache_config.kv_cache_groups)
 
 
-@contextlib.contextmanager
-def nothing_if_asleep(scheduler: Any, memory: Any) -> Iterator[None]:
-    """vLLM's own pauses let running requests go on."""
-    if not memory.asleep:
-        yield
+def growing_blocks(scheduler: Any) -> int:
+    """How many blocks the answers under way take in the next step, by a token each."""
+    size = int(scheduler.block_size)
+    full: int = sum(request.num_computed_tokens % size == 0 for request in scheduler.running)
+    return full * len(scheduler.kv_cache_config.kv_cache_groups)
+
+
+def launched(scheduler: Any) -> None:
+    """The planned step is enqueued: what the next one needs is made ready while the device computes, which takes
+    longer. Before, each microsecond would hold up the step."""
+    pool = elastic_pool(scheduler)
+    if pool is None:
         return
+    upcoming = upcoming_blocks(scheduler)
+    if upcoming == 0:  # else the worker maps what comes, and this thread would do it itself
+        pool.prepare(growing_blocks(scheduler))
+    pool.expect(upcoming)
+
+
+@contextlib.contextmanager
+def nothing_planned(scheduler: Any) -> Iterator[None]:
+    """vLLM's own pauses let running requests go on."""
     state = scheduler.pause_state
     scheduler.set_pause_state(type(state).PAUSED_ALL)
     try:
@@ -102,11 +118,10 @@ def schedule(original: Function) -> Function:
             pool.memory.use_stream()
             pool.release_copied()  # the last step's copies are enqueued
             try:
-                with nothing_if_asleep(self, pool.memory):
+                with nothing_planned(self) if pool.memory.asleep else contextlib.nullcontext():
                     planned = original(self, *args, **options)
             finally:
                 short = pool.end_step()
-            pool.expect(upcoming_blocks(self))
         if short and planned.total_num_scheduled_tokens == 0:
             time.sleep(SHORT_OF_MEMORY)  # all of it is in others' use, and the engine would come back at once
         return planned
