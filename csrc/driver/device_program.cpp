@@ -115,8 +115,17 @@ void* DeviceProgram::module_here() {
                 "its version");
         require(cuda.cuDeviceGetAttribute_(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device),
                 "its version");
+        const std::string& refused = refused_[10 * major + minor];
+        if (!refused.empty()) throw DeviceUnavailable(refused);
+        std::string code;
+        try {
+            code = compile(major, minor);
+        } catch (const DeviceUnavailable& problem) {
+            refused_[10 * major + minor] = problem.what();
+            throw;
+        }
         CUmodule module = nullptr;
-        require(cuda.cuModuleLoadData_(&module, compile(major, minor).data()), "loading kernels");
+        require(cuda.cuModuleLoadData_(&module, code.data()), "loading kernels");
         kept = module;
     }
     return kept;

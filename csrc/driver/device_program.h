@@ -45,6 +45,7 @@ class DeviceProgram {
     const std::string source_;
     const std::vector<std::string> options_;
     std::mutex mutex_;                                          // guards what follows, also while the source compiles
+    std::map<int, std::string> refused_;                        // by architecture: why it does not compile, for good
     std::map<void*, void*> modules_;                            // CUmodule by CUcontext
     std::map<std::pair<void*, std::string>, void*> functions_;  // CUfunction by CUmodule and name
 };

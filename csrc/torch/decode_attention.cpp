@@ -4,7 +4,6 @@
 
 #if ELASTIKV_TORCH_CUDA
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
 
 #include <array>
 #include <cmath>
@@ -74,6 +73,7 @@ std::string why_no_decode_attention(const at::Device& device, at::ScalarType dty
     }
     try {
         const c10::cuda::CUDAGuard guard(device);
+        KernelCall::bind_context(device);
         program_of(dtype, dim, group).load();
     } catch (const DeviceUnavailable& problem) {
         return problem.what();
@@ -91,7 +91,8 @@ at::Tensor fused_attend(const at::Tensor& query, const at::Tensor& key_window, c
                         const at::Tensor& starts, const at::Tensor& lengths, std::int64_t longest,
                         std::optional<double> scale) {
     const auto is_window = [&](const at::Tensor& window) {
-        return window.dim() == 3 && window.stride(2) == 1 && window.stride(0) % 8 == 0 && window.stride(1) % 8 == 0;
+        return window.dim() == 3 && window.stride(2) == 1 && window.stride(0) % 8 == 0 && window.stride(1) % 8 == 0 &&
+               reinterpret_cast<std::uintptr_t>(read(window)) % 16 == 0;
     };
     const auto counts = [&](const at::Tensor& numbers) {
         return numbers.dim() == 1 && numbers.scalar_type() == at::kInt && numbers.is_contiguous() &&
@@ -106,6 +107,7 @@ at::Tensor fused_attend(const at::Tensor& query, const at::Tensor& key_window, c
         refuse("query, windows, starts and lengths do not fit",
                {&query, &key_window, &value_window, &starts, &lengths});
     }
+    require_no_gradient({&query});
     const bool by_eights = query.stride(2) == 1 && query.stride(0) % 8 == 0 && query.stride(1) % 8 == 0 &&
                            reinterpret_cast<std::uintptr_t>(read(query)) % 16 == 0;
     const at::Tensor from = by_eights ? query : query.clone(at::MemoryFormat::Contiguous);

@@ -3,7 +3,6 @@
 #include "base/error.h"
 
 #if ELASTIKV_TORCH_CUDA
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -56,14 +55,14 @@ void launch_store(const at::Tensor& key_window, const at::Tensor& value_window, 
                 from[0].stride(0), from[0].stride(1), from[1].stride(0), from[1].stride(1));
 }
 
-// Whether a tensor of a dtype that is served finds them on its device; remembered, as it is asked once a layer and
-// step.
+// Whether a tensor of a dtype that is served finds them on its device. Remembered where it does, as it is asked once a
+// layer and step; a refusal may pass.
 bool there_are(const at::Tensor& like) {
-    static std::array<std::array<std::atomic<signed char>, 2>, C10_COMPILE_TIME_MAX_GPUS> known{};  // 0: not asked yet
-    std::atomic<signed char>& answer =
-        known[static_cast<std::size_t>(like.get_device())][like.scalar_type() == at::kHalf];
-    if (answer == 0) answer = why_no_decode_kernels(like.device(), like.scalar_type()).empty() ? 1 : -1;
-    return answer == 1;
+    static std::array<std::array<std::atomic<bool>, 2>, C10_COMPILE_TIME_MAX_GPUS> known{};
+    const bool half = like.scalar_type() == at::kHalf;
+    std::atomic<bool>& answer = known[static_cast<std::size_t>(like.get_device())][half ? 1 : 0];
+    if (!answer) answer = why_no_decode_kernels(like.device(), like.scalar_type()).empty();
+    return answer;
 }
 
 }  // namespace
@@ -73,6 +72,7 @@ std::string why_no_decode_kernels(const at::Device& device, at::ScalarType dtype
     if (dtype != at::kHalf && dtype != at::kBFloat16) return "they compute in float16 and bfloat16";
     try {
         const c10::cuda::CUDAGuard guard(device);
+        KernelCall::bind_context(device);
         program_of(dtype).load();
     } catch (const DeviceUnavailable& problem) {
         return problem.what();
@@ -88,6 +88,7 @@ at::Tensor fused_rms_norm(const at::Tensor& states, const at::Tensor& weight, do
     const bool fits = states.dim() > 0 && weight.dim() == 1 && states.size(-1) == weight.size(0) &&
                       weight.size(0) % 8 == 0 && weight.size(0) > 0;
     if (!fits || !alike({&states, &weight})) refuse("states and weight of a norm do not fit", {&states, &weight});
+    require_no_gradient({&states, &weight});
     const at::Tensor dense_states = states.contiguous();
     const at::Tensor rows = by_eights(dense_states), factors = by_eights(weight);
     at::Tensor out = at::empty_like(dense_states);
@@ -107,6 +108,7 @@ std::pair<at::Tensor, at::Tensor> fused_rotate(const at::Tensor& query, const at
     if (!fits || !alike({&query, &key, &cosines, &sines})) {
         refuse("queries, keys, cosines and sines do not fit", {&query, &key, &cosines, &sines});
     }
+    require_no_gradient({&query, &key});
     const at::Tensor from[] = {dense(query), dense(key), dense(cosines), dense(sines)};
     const auto row_of = [](const at::Tensor& angles) {
         return angles.size(0) == 1 ? std::int64_t{0} : angles.stride(0);
@@ -134,9 +136,7 @@ void fused_store(const at::Tensor& key_window, const at::Tensor& value_window, c
     if (!fits || !alike({&key_window, &value_window, &keys, &values})) {
         refuse("windows, places, keys and values do not fit", {&key_window, &value_window, &places, &keys, &values});
     }
-    if (at::GradMode::is_enabled() && (keys.requires_grad() || values.requires_grad())) {
-        throw InvalidArgument("ElasticCache is written in place: run the model under torch.inference_mode()");
-    }
+    require_no_gradient({&keys, &values});
     launch_store(key_window, value_window, static_cast<const std::int64_t*>(read(places)), 0, 0, keys, values);
 }
 
@@ -151,6 +151,7 @@ bool try_fused_store_even(const at::Tensor& key_window, const at::Tensor& value_
 at::Tensor fused_gate(const at::Tensor& gates, const at::Tensor& factors) {
     const bool fits = gates.dim() > 0 && gates.sizes() == factors.sizes() && gates.size(-1) % 8 == 0;
     if (!fits || !alike({&gates, &factors})) refuse("gates and factors do not fit", {&gates, &factors});
+    require_no_gradient({&gates, &factors});
     const at::Tensor left = by_eights(gates), right = by_eights(factors);
     at::Tensor out = at::empty(gates.sizes(), gates.options());
     const auto size = static_cast<int>(gates.size(-1));

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -18,7 +20,12 @@ namespace elastikv::torch {
 // thread's meanwhile.
 class KernelCall {
   public:
-    KernelCall(const at::Tensor& like, DeviceProgram& program) : guard_(like.device()), program_(program) {}
+    KernelCall(const at::Tensor& like, DeviceProgram& program) : guard_(like.device()), program_(program) {
+        bind_context(like.device());
+    }
+
+    // The guard leaves a thread without a context where its device is the default one.
+    static void bind_context(const at::Device& device) { C10_CUDA_CHECK(cudaSetDevice(device.index())); }
 
     // Nothing where there are no blocks. The arguments are passed as they are: pointers, int, long long, float.
     template <typename... Arguments>
@@ -42,6 +49,15 @@ inline const void* read(const at::Tensor& tensor) { return tensor.const_data_ptr
 
 // Such that a head's elements lie side by side.
 inline at::Tensor dense(const at::Tensor& states) { return states.stride(-1) == 1 ? states : states.contiguous(); }
+
+inline void require_no_gradient(std::initializer_list<const at::Tensor*> tensors) {
+    if (!at::GradMode::is_enabled()) return;
+    for (const at::Tensor* const each : tensors) {
+        if (each->requires_grad()) {
+            throw InvalidArgument("elastikv's kernels have no gradient: run the model under torch.inference_mode()");
+        }
+    }
+}
 
 // Whether all are of one dtype, bfloat16 or float16, on one CUDA device.
 inline bool alike(std::initializer_list<const at::Tensor*> tensors) {

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig  # noqa: E402
 
 from elastikv import _core  # noqa: E402
-from elastikv.hf import Decoder, ElasticCache, Slots, flash, generate  # noqa: E402
+from elastikv.hf import Decoder, ElasticCache, Slots, flash, generate, kernels  # noqa: E402
 from elastikv.hf.generation import prefill  # noqa: E402
 from elastikv.hf.geometry import KVGeometry, LayerShape, kv_geometry  # noqa: E402
 from elastikv.hf.step import DecodeStep, EvenStep, RaggedStep  # noqa: E402
@@ -125,12 +125,12 @@ def test_attention_beside_unmapped_pages(
     """Ragged rows that end on a page's edge, with nothing mapped behind: right values, and no fault. With our kernel
     for single tokens, where there is one for such heads, and without."""
     tolerance = tolerance_of(dtype, device)
-    if not ours:
-        monkeypatch.setattr(flash, "decodes", lambda *args: False)
-    elif not flash.decodes(torch.device(device), dtype, dim, heads // kv_heads):
-        pytest.skip("there is no kernel of ours for these")
     geometry, most = geometry_of(kv_heads, dim, window, page_size)
     slots = Slots(geometry, model=model, rows=5, max_tokens=most, dtype=dtype)
+    if not ours:
+        monkeypatch.setattr(kernels, "attend", lambda *args: False)
+    elif not kernels.attend(slots.keys[0], slots.values[0], heads // kv_heads):
+        pytest.skip("there is no kernel of ours for these")
     per_page = page_size // slots.token_bytes
     rows, lengths = [3, 0, 4], [max(per_page, 1), 3, 2 * max(per_page, 1)]
     lengths = [min(length, 300) if device == "cpu" else length for length in lengths]

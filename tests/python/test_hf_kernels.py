@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
 
+import elastikv
 from elastikv import DeviceUnavailable, InvalidArgument, _core
 
 pytest.importorskip("transformers")
@@ -38,10 +40,12 @@ def test_they_compile(dtype, capability):
     assert all(name in compiled(_core.compiled_decode_kernels, dtype, *capability) for name in names)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
-def test_attention_compiles(dim, group):
-    code = compiled(_core.compiled_decode_attention, torch.bfloat16, dim, group, 9, 0)
+@pytest.mark.parametrize("group", [1, 8])
+def test_attention_compiles(dim, group, dtype, capability):
+    code = compiled(_core.compiled_decode_attention, dtype, dim, group, *capability)
     assert b"attend" in code and b"combine" in code
 
 
@@ -125,7 +129,7 @@ def test_storing_touches_nothing_else():
     expected[:, 1, :, :40].index_copy_(0, places, new_values)
     _core.fused_store(keys, values, places, new_keys, new_values)
     assert torch.equal(window, expected)
-    with pytest.raises(InvalidArgument, match="inference_mode"):
+    with pytest.raises(InvalidArgument, match="no gradient"):
         _core.fused_store(keys, values, places, new_keys.clone().requires_grad_(), new_values)
     assert torch.equal(window, expected)
 
@@ -174,6 +178,69 @@ def test_attention_of_large_scores():
     )
     found = _core.fused_attend(query, keys, values, starts, ends, 900, None)
     torch.testing.assert_close(found, reference(query, keys, values, [0, 0], lengths, 0.125), rtol=2**-6, atol=2**-6)
+
+
+@on_gpu
+def test_rows_beyond_32_bits():
+    """Windows may reach further than 2^31 elements, with memory for a few rows only."""
+    with elastikv.SharedMemoryPool(1 << 28, "cuda:0") as pool:
+        handle = pool.register_model("far", virtual_capacity=1 << 40)
+        slots = elastikv.SlotTensor(handle, 3, 1 << 24, 2 * 2 * 64, torch.bfloat16)
+        window = slots.window(0, (2, 2, 64))
+        slots.grow([2], [5], exact=True)
+        keys, values = window[:, 0], window[:, 1]
+        start = 2 * slots.pitch
+        assert start * window.stride(0) > 1 << 31
+        new_keys, new_values = noise(5, 2, 64), noise(5, 2, 64, seed=1)
+        _core.fused_store(keys, values, torch.arange(start, start + 5, device="cuda"), new_keys, new_values)
+        assert torch.equal(keys[start : start + 5], new_keys) and torch.equal(values[start : start + 5], new_values)
+        query = noise(1, 4, 64, seed=2)
+        where = [torch.tensor([number], dtype=torch.int32, device="cuda") for number in (start, 5)]
+        found = _core.fused_attend(query, keys, values, *where, 5, None)
+        torch.testing.assert_close(found, reference(query, keys, values, [start], [5], 0.125), rtol=2**-6, atol=2**-7)
+        del slots, window, keys, values
+
+
+@on_gpu
+def test_a_place_of_several_rows():
+    """As idle rows have one: one of them ends up there, whole."""
+    window = torch.zeros(4, 2, 1, 64, device="cuda", dtype=torch.float16)
+    new = noise(9, 1, 64, dtype=torch.float16)
+    _core.fused_store(window[:, 0], window[:, 1], torch.full((9,), 2, device="cuda"), new, new)
+    assert any(torch.equal(window[2, 0], each) for each in new)
+    assert not window[[0, 1, 3]].any()
+
+
+@on_gpu
+def test_a_thread_that_has_made_no_call():
+    answers = []
+    for call in (
+        lambda like: _core.why_no_decode_kernels(like),
+        lambda like: _core.why_no_decode_attention(like, 64, 2),
+        lambda like: _core.fused_gate(like, like).shape,
+    ):
+        thread = threading.Thread(
+            target=lambda call=call: answers.append(call(torch.zeros(8, 8, device="cuda").half()))
+        )
+        thread.start()
+        thread.join()
+    assert answers == ["", "", (8, 8)]
+
+
+@on_gpu
+def test_gradients_are_refused():
+    states = noise(2, 64).requires_grad_()
+    numbers = torch.ones(2, dtype=torch.int32, device="cuda")
+    window, query = noise(9, 1, 64), noise(2, 1, 64).requires_grad_()
+    for call in (
+        lambda: _core.fused_rms_norm(states, noise(64), 1e-6),
+        lambda: _core.fused_gate(states, states),
+        lambda: _core.fused_attend(query, window, window, numbers, numbers, 1, None),
+    ):
+        with pytest.raises(InvalidArgument, match="no gradient"):
+            call()
+        with torch.no_grad():
+            call()
 
 
 @on_gpu

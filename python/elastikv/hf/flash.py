@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from elastikv import _core
-
 LARGEST_HEAD = 256
 #: The op takes the places of rows as int32.
 MOST_TOKENS = (1 << 31) - 1
@@ -39,20 +37,6 @@ def why_not(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: i
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs compute capability 8.0"
     return "" if takes_lengths() else "this torch's flash attention takes no lengths; 2.11 does"
-
-
-@cache
-def decodes(device: torch.device, dtype: torch.dtype, dim: int, group: int) -> bool:
-    """Whether our own kernel takes one query a row of ``group`` heads a KV head: it reads memory faster than the op."""
-    return device.type == "cuda" and not _core.why_no_decode_attention(
-        torch.empty(0, device=device, dtype=dtype), dim, group
-    )
-
-
-@cache
-def stores(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether our own kernel stores a token's keys and values, in one go."""
-    return device.type == "cuda" and not _core.why_no_decode_kernels(torch.empty(0, device=device, dtype=dtype))
 
 
 def attend(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 import sys
-from types import TracebackType
+import threading
+from collections.abc import Callable
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
 from torch.nn.functional import rms_norm
 
 from elastikv import _core
-from elastikv.hf.views import logger
+from elastikv.hf import kernels
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Lean:
@@ -19,12 +23,13 @@ class Lean:
 
     These are our own kernels, for bfloat16 and float16; in other dtypes torch's operators leave four of ten to rotary
     embeddings, and gates as they are. What takes part says so by its name and, put to the test on random input, gives
-    the same to roundings of its dtype. Not thread-safe: the model is one's own meanwhile.
+    the same to roundings of its dtype. Where gradients are recorded all is as it was. Not thread-safe: the model is
+    one's own meanwhile. Others of its architecture may be in use by other threads.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._modules: list[tuple[torch.nn.Module, Any]] = []  # and what takes the place of its forward
-        self._rotaries: list[tuple[Any, Any, Any]] = []  # module of Python, its function, ours
+        self._modules: list[tuple[torch.nn.Module, Forward]] = []  # and what takes the place of its forward
+        self._entered: list[torch.nn.Module] = []
         weights = next(model.parameters())
         homes = {sys.modules[type(module).__module__] for module in model.modules() if _attends(module)}
         with torch.inference_mode():
@@ -32,10 +37,7 @@ class Lean:
                 fused = _fused_norm(module) or _fused_gate(module)
                 if fused is not None:
                     self._modules.append((module, fused))
-            for home in homes:
-                function = getattr(home, "apply_rotary_pos_emb", None)
-                if function is not None and _turns_alike(function, weights):
-                    self._rotaries.append((home, function, Rotary()))
+            self._rotaries = [rotary for home in homes if (rotary := _rotary_of(home, weights)) is not None]
 
     def __len__(self) -> int:
         """How many norms, gated MLPs and rotary functions take part."""
@@ -43,64 +45,98 @@ class Lean:
 
     def __enter__(self) -> None:
         for module, fused in self._modules:
-            module.forward = fused
-        for home, _, ours in self._rotaries:
-            home.apply_rotary_pos_emb = ours
+            if "forward" not in module.__dict__:  # else someone has put another over the class' own since
+                module.forward = fused
+                self._entered.append(module)
+        for rotary in self._rotaries:
+            rotary.enter()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for module, _ in self._modules:
-            del module.forward  # what was put over the class' own
-        for home, function, ours in self._rotaries:
-            home.apply_rotary_pos_emb = function
-            ours.forget()
+        for module in self._entered:
+            del module.forward
+        self._entered = []
+        for rotary in self._rotaries:
+            rotary.leave()
 
 
 class Rotary:
     """transformers' apply_rotary_pos_emb for queries and keys ``[batch, head, token, dim]``, both at once.
 
     One token's take our kernel. Elsewhere the half that is turned comes by a roll, and its sign with the sine, which
-    all layers of a pass share.
+    all layers of a pass share. Takes the place of a Python module's function while someone is within; thread-safe.
     """
 
-    def __init__(self) -> None:
-        self.forget()
+    lock = threading.Lock()  # guards who is within, of all
 
-    def forget(self) -> None:
-        """The pass is over."""
-        self._sine: torch.Tensor | None = None
-        self._cosines, self._signed = torch.empty(0), torch.empty(0)
+    def __init__(self, home: ModuleType) -> None:
+        self._home, self.original, self.within = home, home.apply_rotary_pos_emb, 0
+        self._pass = threading.local()  # of the calling thread
+
+    def enter(self) -> None:
+        with self.lock:
+            self.within += 1
+            self._home.apply_rotary_pos_emb = self  # type: ignore[attr-defined]
+
+    def leave(self) -> None:
+        with self.lock:
+            self.within -= 1
+            if self.within == 0:
+                self._home.apply_rotary_pos_emb = self.original  # type: ignore[attr-defined]
+        self._pass.__dict__.clear()
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if unsqueeze_dim == 1 and q.shape[2] == 1 and _served(q) and q.dtype == cos.dtype == sin.dtype:
+        if (
+            torch.is_grad_enabled() or not q.shape[-1] == k.shape[-1] == cos.shape[-1]
+        ):  # only a part of a head is turned
+            return self.original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)  # type: ignore[no-any-return]
+        if unsqueeze_dim == 1 and q.shape[2] == 1 and q.dtype == cos.dtype == sin.dtype and kernels.serve(q):
             return _core.fused_rotate(q, k, cos, sin)
-        half = sin.shape[-1] // 2
-        if sin is not self._sine:
-            self._sine = sin
-            self._cosines = cos.unsqueeze(unsqueeze_dim)
-            self._signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1).unsqueeze(unsqueeze_dim)
+        half, seen = sin.shape[-1] // 2, self._pass
+        if getattr(seen, "sine", None) is not sin:
+            seen.sine, seen.cosines = sin, cos.unsqueeze(unsqueeze_dim)
+            seen.signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1).unsqueeze(unsqueeze_dim)
         both = torch.cat([q, k], dim=unsqueeze_dim)
-        turned = torch.addcmul(both * self._cosines, both.roll(half, -1), self._signed)
+        turned = torch.addcmul(both * seen.cosines, both.roll(half, -1), seen.signed)
         heads = q.shape[unsqueeze_dim]
         return turned.narrow(unsqueeze_dim, 0, heads), turned.narrow(unsqueeze_dim, heads, k.shape[unsqueeze_dim])
 
+    def gives_the_same(self, like: torch.Tensor) -> bool:
+        for tokens in (1, 3):
+            states = _noise(2, 4, tokens, 16, like=like), _noise(2, 2, tokens, 16, like=like)
+            angles = _noise(2, tokens, 16, like=like), _noise(2, tokens, 16, like=like).flip(0)
+            try:
+                wanted = self.original(*states, *angles)
+                found = self(*states, *angles)
+            except (TypeError, RuntimeError, ValueError):  # one of another kind
+                return False
+            finally:
+                self._pass.__dict__.clear()
+            # Sums of two products: how far they may be off goes by the products.
+            tolerance = 4 * torch.finfo(like.dtype).eps * 16
+            if not isinstance(wanted, tuple) or not all(
+                ours.dtype == theirs.dtype and torch.allclose(ours, theirs, rtol=0, atol=tolerance)
+                for ours, theirs in zip(found, wanted)
+            ):
+                return False
+        return True
 
-def _served(like: torch.Tensor) -> bool:
-    """Whether our kernels take a tensor of this device and dtype. Says why not once, where it is not for these."""
-    if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return _answer(like.device, like.dtype)
+
+_rotaries: dict[ModuleType, Rotary] = {}
 
 
-@functools.cache
-def _answer(device: torch.device, dtype: torch.dtype) -> bool:
-    reason = _core.why_no_decode_kernels(torch.empty(0, device=device, dtype=dtype))
-    if reason:
-        logger.warning("decoding takes torch's kernels, not ours: %s", reason)
-    return not reason
+def _rotary_of(home: ModuleType, like: torch.Tensor) -> Rotary | None:
+    """The module's one, whoever asks; None where its function is of another kind."""
+    with Rotary.lock:
+        if home not in _rotaries and hasattr(home, "apply_rotary_pos_emb"):
+            _rotaries[home] = Rotary(home)
+        rotary = _rotaries.get(home)
+        if rotary is not None and rotary.within == 0:  # it may have become another since
+            rotary.original = home.apply_rotary_pos_emb
+    return rotary if rotary is not None and rotary.gives_the_same(like) else None
 
 
 def _attends(module: torch.nn.Module) -> bool:
@@ -108,16 +144,17 @@ def _attends(module: torch.nn.Module) -> bool:
 
 
 def _same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    tolerance = 4 * torch.finfo(wanted.dtype).eps * wanted.abs().max()
+    """Each element, to roundings."""
+    limits = torch.finfo(wanted.dtype)
     alike = found.dtype == wanted.dtype and found.shape == wanted.shape
-    return alike and bool((found - wanted).abs().max() <= tolerance)
+    return alike and torch.allclose(found, wanted, rtol=2 * limits.eps, atol=limits.tiny, equal_nan=True)
 
 
 def _noise(*shape: int, like: torch.Tensor) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like.device, like.dtype)
 
 
-def _fused_norm(module: torch.nn.Module) -> Any:
+def _fused_norm(module: Any) -> Forward | None:
     """The norm's forward by one kernel; None for what is no such norm."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -125,44 +162,66 @@ def _fused_norm(module: torch.nn.Module) -> Any:
     if not named or not isinstance(weight, torch.Tensor) or weight.ndim != 1 or not isinstance(eps, float):
         return None
 
-    ours = _served(weight) and len(weight) % 8 == 0
-
     def forward(states: torch.Tensor) -> torch.Tensor:
-        if ours and states.dtype == weight.dtype:
-            return _core.fused_rms_norm(states, weight, eps)
-        return rms_norm(states, weight.shape, weight, eps)
+        now: torch.Tensor = module.weight
+        if torch.is_grad_enabled() or states.dtype != now.dtype:
+            return type(module).forward(module, states)  # type: ignore[no-any-return]
+        if kernels.serve(states) and len(now) % 8 == 0:
+            return _core.fused_rms_norm(states, now, eps)
+        return rms_norm(states, now.shape, now, eps)
 
     probe = _noise(3, len(weight), like=weight)
     return forward if _same(forward(probe), module(probe)) else None
 
 
-def _fused_gate(module: torch.nn.Module) -> Any:
+class _Stop(Exception):
+    """A probe has seen what it wanted."""
+
+
+def _fused_gate(module: Any) -> Forward | None:
     """The forward of a gated MLP with its gate in one kernel; None for what is no such MLP."""
-    names = ("gate_proj", "up_proj", "down_proj")
-    gate, up, down = linears = [getattr(module, name, None) for name in names]
+    gate, up, down = linears = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     named = type(module).__name__.endswith("MLP") and "forward" not in module.__dict__
     if not named or not all(isinstance(each, torch.nn.Linear) for each in linears):
         return None
-    assert gate is not None and up is not None and down is not None
-    if not _served(gate.weight) or gate.out_features % 8 != 0 or up.out_features != gate.out_features:
+    act = next((found for name in ("act_fn", "act", "activation_fn") if (found := getattr(module, name, None))), None)
+    hooked = isinstance(act, torch.nn.Module) and (act._forward_hooks or act._forward_pre_hooks)
+    if (
+        type(act).__name__ not in ("SiLU", "SiLUActivation")
+        or hooked
+        or len(inspect.signature(module.forward).parameters) != 1
+    ):
+        return None
+    assert gate is not None and up is not None and down is not None and act is not None
+    if not kernels.serve(gate.weight) or gate.out_features % 8 != 0 or up.out_features != gate.out_features:
         return None
 
+    def gated(states: torch.Tensor) -> torch.Tensor:
+        gates, factors = module.gate_proj(states), module.up_proj(states)
+        if torch.is_grad_enabled() or not kernels.serve(gates) or gates.dtype != factors.dtype:
+            return act(gates) * factors  # type: ignore[no-any-return]
+        return _core.fused_gate(gates, factors)
+
     def forward(states: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = down(_core.fused_gate(gate(states), up(states)))
-        return output
+        return module.down_proj(gated(states))  # type: ignore[no-any-return]
 
-    probe = _noise(3, gate.in_features, like=gate.weight)
-    return forward if _same(forward(probe), module(probe)) else None
+    # Some clamp what is large. What comes behind the gate is not computed: on a split model it would wait for others.
+    seen: list[torch.Tensor] = []
 
+    def stop(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        raise _Stop
 
-def _turns_alike(function: Any, like: torch.Tensor) -> bool:
-    for tokens in (1, 3):
-        queries, keys = _noise(2, 4, tokens, 16, like=like), _noise(2, 2, tokens, 16, like=like)
-        cosines, sines = _noise(2, tokens, 16, like=like), _noise(2, tokens, 16, like=like).flip(0)
-        try:
-            wanted = function(queries, keys, cosines, sines)
-        except (TypeError, RuntimeError, ValueError):  # one of another kind
-            return False
-        if not isinstance(wanted, tuple) or not all(map(_same, Rotary()(queries, keys, cosines, sines), wanted)):
-            return False
-    return True
+    hook = down.register_forward_pre_hook(stop)
+    try:
+        for scale in (1, 30, 1000):
+            probe = _noise(3, gate.in_features, like=gate.weight) * scale
+            try:
+                module(probe)
+            except _Stop:
+                if _same(gated(probe), seen.pop()):
+                    continue
+            return None
+    finally:
+        hook.remove()
+    return forward

@@ -11,7 +11,7 @@ import torch
 
 from elastikv import _core
 from elastikv.errors import InvalidArgument
-from elastikv.hf import flash, views
+from elastikv.hf import flash, kernels, views
 from elastikv.hf.geometry import require_fit
 from elastikv.hf.slots import upload
 
@@ -332,7 +332,7 @@ class DecodeStep(Step):
                 f"the step is for one token in each of {len(self.rows)} rows, but layer {layer} brought "
                 f"{key.shape[2]} in {key.shape[0]}"
             )
-        if flash.stores(key.device, key.dtype):
+        if kernels.serve(key):
             _core.fused_store(self.slots.keys[layer], self.slots.values[layer], self._index, key.squeeze(2),
                               value.squeeze(2))  # fmt: skip
         else:
@@ -348,7 +348,7 @@ class DecodeStep(Step):
             self.slots.values[layer],
             min(self.max_key, window or self.max_key),
         )
-        if flash.decodes(query.device, query.dtype, query.shape[3], query.shape[1] // keys.shape[1]):
+        if kernels.attend(keys, values, query.shape[1] // keys.shape[1]):
             return _core.fused_attend(query.squeeze(2), keys, values, starts, lengths, max_key, scaling).unsqueeze(1)
         output = flash.attend(
             query.squeeze(2), keys, values, query_starts=self._query_starts, key_starts=starts, lengths=lengths,
