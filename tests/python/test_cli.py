@@ -188,6 +188,7 @@ def test_doctor_prints_json():
     findings = {finding["name"]: finding for finding in report["findings"]}
     assert findings["host backend"]["ok"] and findings["torch"]["value"].startswith(torch.__version__)
     # What is missing comes with advice.
+    assert findings["decode kernels"]["value"].startswith(("torch's operators", "compiled here"))
     assert "views" in findings["attention 'elastikv'"]["value"] or "flash" in findings["attention 'elastikv'"]["value"]
     assert all(finding["advice"] for finding in report["findings"] if not finding["ok"])
 

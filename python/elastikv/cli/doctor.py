@@ -57,6 +57,7 @@ def examine() -> list[Finding]:
     findings += [_package(name, extra) for name, extra in (("transformers", "hf"), ("matplotlib", "plots"))]
     devices = elastikv.devices()
     findings.append(_attention(torch, devices))
+    findings.append(_kernels(torch, devices))
     findings.append(_host_works())
     for device in devices:
         findings += _device(device)
@@ -89,6 +90,22 @@ def _attention(torch: Any, devices: Sequence[Mapping[str, Any]]) -> Finding:
         return Finding(name, False, "over views: this torch's flash op takes no lengths", "use torch 2.11 or newer")
     limits = "float16 and bfloat16, heads of a multiple of 8 up to 256"
     return Finding(name, True, f"flash for {limits}; over views for soft caps, position biases, sinks and the rest")
+
+
+def _kernels(torch: Any, devices: Sequence[Mapping[str, Any]]) -> Finding:
+    """Whether a decode step's own kernels can be compiled and loaded."""
+    from elastikv import _core
+
+    name, there = "decode kernels", [d["device"] for d in devices if d["available"] and d["device"] != "cpu"]
+    if not there:
+        return Finding(name, True, "torch's operators (our kernels need a GPU)")
+    try:
+        reason = _core.why_no_decode_kernels(torch.empty(0, dtype=torch.bfloat16, device=there[0]))
+    except (RuntimeError, AssertionError) as error:  # torch can't use the device, or was built without CUDA
+        reason = str(error).splitlines()[0]
+    if reason:
+        return Finding(name, False, f"torch's operators: {reason}", "install torch with its nvidia-cuda-nvrtc package")
+    return Finding(name, True, "compiled here, for float16 and bfloat16")
 
 
 def _host_works() -> Finding:
