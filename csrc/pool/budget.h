@@ -31,6 +31,9 @@ class Budget {
     virtual Bytes available() const noexcept = 0;
     // Whether someone waits for memory, so that none is to be kept idle.
     virtual bool in_demand() const noexcept = 0;
+    // Whether the client holds more than it may, as its limit was lowered: what it frees is not kept then. Takes no
+    // lock.
+    virtual bool over_limit() const noexcept = 0;
 
     // Called with no lock held, after a charge of `wanted` bytes did not fit: makes parked memory go back, also that of
     // others on the same limit, until it fits or nothing is left. With `wait`, then waits for device work on retiring

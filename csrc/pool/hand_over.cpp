@@ -94,16 +94,19 @@ bool VirtualMemoryPool::try_hand_over(Extent& extent, HandOver& to) noexcept {
     return true;
 }
 
-// Where extents that changed hands and came here are still mapped, too. Lets the lock go around each. What the driver
-// refuses is tried again with the worker's next turn.
+// Where extents that changed hands and came here are still mapped, too. Lets the lock go around each, which stays
+// listed until it has ended: who comes meanwhile waits for it. What the driver refuses is tried again with the worker's
+// next turn.
 void VirtualMemoryPool::end_former_places(std::unique_lock<std::mutex>& lock) {
     std::vector<std::shared_ptr<FormerPlace>> refused;
     while (!former_places_.empty()) {
-        const std::shared_ptr<FormerPlace> place = std::move(former_places_.back());
-        former_places_.pop_back();
+        const std::shared_ptr<FormerPlace> place = former_places_.back();
         lock.unlock();
         const bool ended = place->try_end().ok();
         lock.lock();
+        const auto listed = std::find(former_places_.rbegin(), former_places_.rend(), place);  // the last one, mostly
+        if (listed == former_places_.rend()) continue;
+        former_places_.erase(std::next(listed).base());
         if (!ended) refused.push_back(place);
     }
     reclaims_refused_ += refused.size();

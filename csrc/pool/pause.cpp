@@ -13,9 +13,26 @@
 namespace elastikv {
 namespace {
 
-// Extents of one owner that lie side by side come back as one up to this size: fewer driver calls, and not much more
-// that is kept by its last page in use.
+// Extents of one owner that lie side by side come back as one up to this size, or up to this share of all of them:
+// fewer driver calls, and not more that is kept by its last page in use than after growth.
 constexpr Bytes joined_extent = 64 * MiB;
+constexpr Bytes joined_share = 8;
+
+// Joins runs side by side, from `first` on.
+void join(std::vector<DormantRun>& runs, std::size_t first) {
+    if (first == runs.size()) return;
+    const Bytes all = runs.back().pages.end - runs[first].pages.begin;
+    const Bytes largest = std::max(joined_extent, all / joined_share);
+    std::size_t last = first;
+    for (std::size_t next = first + 1; next < runs.size(); ++next) {
+        if (runs[last].pages.size() + runs[next].pages.size() <= largest) {
+            runs[last].pages.end = runs[next].pages.end;
+        } else if (++last != next) {
+            runs[last] = std::move(runs[next]);
+        }
+    }
+    runs.erase(runs.begin() + static_cast<std::ptrdiff_t>(last) + 1, runs.end());
+}
 
 }  // namespace
 
@@ -144,7 +161,7 @@ std::vector<DormantRun> VirtualMemoryPool::runs_to_pause(const std::vector<Pause
     std::vector<DormantRun> runs;
     std::map<const Places*, std::shared_ptr<Backup>> shared;
     for (const PausePart& part : parts) {
-        bool joinable = false;  // the last run, with what comes next
+        std::size_t stretch = runs.size();  // from here on runs lie side by side and may be joined
         table_.for_each_extent(part.range, [&](const Extent& extent) {
             if (extent.used == 0 || extent.spilled) return;
             if (extent.exported) {
@@ -154,24 +171,25 @@ std::vector<DormantRun> VirtualMemoryPool::runs_to_pause(const std::vector<Pause
             if (extent.shared() && part.range.contains(extent.range)) {
                 std::shared_ptr<Backup>& backup = shared[extent.places.get()];
                 if (!backup) backup = std::make_shared<Backup>();
+                join(runs, stretch);
                 runs.push_back({extent.range, backup, extent.fixed});
-                joinable = false;
+                stretch = runs.size();
                 return;
             }
             IntervalSet used;
             table_.live().for_each(extent.range.clipped_to(part.range),
                                    [&](ByteRange bytes) { used.add(table_.pages_of(bytes)); });
             used.for_each(part.range, [&](ByteRange pages) {
-                const bool joins = joinable && !extent.fixed && runs.back().pages.end == pages.begin &&
-                                   runs.back().pages.size() + pages.size() <= joined_extent;
-                if (joins) {
-                    runs.back().pages.end = pages.end;
-                } else {
-                    runs.push_back({pages, std::make_shared<Backup>(), extent.fixed});
+                const bool alone = !part.one_owner || extent.fixed;
+                if (stretch < runs.size() && (alone || runs.back().pages.end != pages.begin)) {
+                    join(runs, stretch);
+                    stretch = runs.size();
                 }
-                joinable = part.one_owner && !extent.fixed;
+                runs.push_back({pages, std::make_shared<Backup>(), extent.fixed});
+                if (alone) stretch = runs.size();
             });
         });
+        join(runs, stretch);
     }
     return runs;
 }

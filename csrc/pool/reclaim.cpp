@@ -56,9 +56,10 @@ void VirtualMemoryPool::settle_passed(bool on_worker) {
     }
 }
 
-// While someone waits for memory nothing is parked. What is spare goes with what is in use.
+// While someone waits for memory, or the model has more than it may, nothing is parked. What is spare goes with what is
+// in use.
 Bytes VirtualMemoryPool::park_limit() const {
-    if (budget_ && budget_->in_demand()) return 0;
+    if (budget_ && (budget_->in_demand() || budget_->over_limit())) return 0;
     return std::max(park_limit_, std::min(spare_, std::max(expected_, table_.totals().used / used_for_spare)));
 }
 

@@ -33,6 +33,7 @@ bool Account::try_pass_on(Bytes bytes, Budget& to) noexcept {
 }
 Bytes Account::available() const noexcept { return ledger_->available(id_); }
 bool Account::in_demand() const noexcept { return ledger_->in_demand(); }
+bool Account::over_limit() const noexcept { return ledger_->over_limit(id_); }
 void Account::note_refusal() noexcept { ledger_->note_refusal(id_); }
 std::string Account::describe_holders() const { return common_->describe_holders(); }
 int Account::priority() const noexcept { return ledger_->priority(id_); }

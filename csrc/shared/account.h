@@ -46,6 +46,7 @@ class Account final : public Budget {
     bool try_pass_on(Bytes bytes, Budget& to) noexcept override;
     Bytes available() const noexcept override;
     bool in_demand() const noexcept override;
+    bool over_limit() const noexcept override;
     Bytes make_room(Bytes wanted, bool wait, HandOver* handed) override;
     std::optional<Grant> wait_for_room(Bytes bytes, const WaitOptions& wait) override;
     void add_idle_holder(const std::weak_ptr<IdleHolder>& holder) override;

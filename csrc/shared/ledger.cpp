@@ -165,7 +165,7 @@ Ledger::ClientId Ledger::open_client(const std::string& name, const Quota& quota
         put(mine.takes_orders, 0);
         settle_under_lock(mine, get(mine.ordered), order_refused, "it has ended");  // who had the entry before
         mine.name.fill(0);
-        const std::string_view kept = std::string_view(name).substr(0, ledger_name_size - 1);
+        const std::string_view kept = std::string_view(name).substr(0, client_name_size - 1);
         std::memcpy(mine.name.data(), kept.data(), kept.size());
         if (id == used) put(table_->clients, used + 1);
         put(mine.state, entry_in_use);  // from here on it counts
@@ -219,6 +219,8 @@ void Ledger::set_limit(Bytes limit) {
         serve_under_lock();
     });
 }
+
+bool Ledger::over_limit(ClientId id) const noexcept { return held_by(client(id)) > ceiling(client(id)); }
 
 QuotaStats Ledger::stats(ClientId id) const noexcept {
     return locked([&] {

@@ -103,6 +103,7 @@ class Ledger {
     int priority(ClientId id) const noexcept { return client(id).priority.load(std::memory_order_relaxed); }
     std::string name(ClientId id) const { return client(id).name.data(); }
     QuotaStats stats(ClientId id) const noexcept;
+    bool over_limit(ClientId id) const noexcept;  // takes no lock
     LedgerTotals totals() const noexcept;
 
     // --- waiting, in order of priority, then arrival, clients in turn (ledger_waits.cpp) ---

@@ -20,7 +20,7 @@ namespace elastikv {
 namespace {
 
 constexpr std::uint64_t magic = 0x3172'6764'654C'6B45;  // "EkLedgr1"
-constexpr std::uint32_t version = 2;
+constexpr std::uint32_t version = 3;
 constexpr const char* folder = "/dev/shm";  // where Linux keeps POSIX shared memory
 
 std::string prefix() { return "elastikv-" + std::to_string(geteuid()) + "-"; }

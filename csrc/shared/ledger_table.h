@@ -16,7 +16,8 @@
 
 namespace elastikv {
 
-inline constexpr std::size_t ledger_name_size = 64;     // bytes of a name, its final 0 included
+inline constexpr std::size_t ledger_name_size = 64;     // bytes of a ledger's name, its final 0 included
+inline constexpr std::size_t client_name_size = 128;    // of a client's, likewise
 inline constexpr std::size_t ledger_reason_size = 256;  // of why an order was refused, likewise
 inline constexpr std::uint32_t max_ledger_clients = 512;
 inline constexpr std::uint32_t max_ledger_members = 64;
@@ -69,7 +70,7 @@ struct alignas(64) LedgerClient {
     std::atomic<Bytes> backup{0};
     std::atomic<std::uint64_t> driver_calls{0};
     std::atomic<std::uint64_t> told{0};
-    std::array<char, ledger_name_size> name{};
+    std::array<char, client_name_size> name{};
     // What it is ordered to do from outside: only the last order counts. `ordered` numbers them, over all clients that
     // this entry ever had; `settled` is the last number that its process has done with, and what those who gave the
     // order sleep on.

@@ -79,8 +79,11 @@ std::string PhysicalBudget::describe_holders() const {
             before = "; ";
         }
     }
-    if (totals.waiters > 0) text += "; " + std::to_string(totals.waiters) + " wait for memory before it";
-    return text + ". Free or shrink tensors, compact() what is stranded, or raise physical_limit";
+    if (totals.waiters > 0) {
+        return text + "; " + std::to_string(totals.waiters) +
+               " wait for memory, and have it first. With a timeout, this request waits in line, too";
+    }
+    return text + ". Free or shrink tensors, compact() what is stranded, or raise the limit that is in the way";
 }
 
 }  // namespace elastikv

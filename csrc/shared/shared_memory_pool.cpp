@@ -1,6 +1,9 @@
 #include "shared/shared_memory_pool.h"
 
+#include <algorithm>
 #include <utility>
+
+#include "shared/ledger_table.h"
 
 namespace elastikv {
 
@@ -22,9 +25,23 @@ SharedMemoryPool::SharedMemoryPool(Bytes physical_limit, DriverPtr driver, PoolO
     options_.scrub_fresh = true;  // what the device hands out may be another model's
 }
 
+namespace {
+
+// Others find it by this name, in tables and in what they type.
+void check_model_id(const std::string& id) {
+    const auto is_control = [](unsigned char c) { return c < ' ' || c == 0x7f; };
+    if (!id.empty() && id.size() < client_name_size && std::none_of(id.begin(), id.end(), is_control)) return;
+    std::string shown = id;
+    std::replace_if(shown.begin(), shown.end(), is_control, '?');
+    throw InvalidArgument("a model's id is 1 to " + std::to_string(client_name_size - 1) +
+                          " bytes without control characters, not " + std::to_string(id.size()) + ": '" + shown + "'");
+}
+
+}  // namespace
+
 ModelPtr SharedMemoryPool::register_model(const std::string& id, Bytes virtual_capacity,
                                           std::optional<Bytes> park_limit, const Quota& quota) {
-    if (id.empty()) throw InvalidArgument("a model's id must not be empty");
+    check_model_id(id);
     process_.require_same_process();
     const std::lock_guard lock(mutex_);
     if (closed_) throw PoolClosed("the shared pool is closed");

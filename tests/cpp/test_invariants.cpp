@@ -109,6 +109,7 @@ class CuriousBudget final : public Budget {
     bool try_pass_on(Bytes bytes, Budget& to) noexcept override { return account_->try_pass_on(bytes, to); }
     Bytes available() const noexcept override { return account_->available(); }
     bool in_demand() const noexcept override { return account_->in_demand(); }
+    bool over_limit() const noexcept override { return account_->over_limit(); }
     std::optional<Grant> wait_for_room(Bytes bytes, const WaitOptions& wait) override {
         return account_->wait_for_room(bytes, wait);
     }

@@ -83,6 +83,7 @@ class Between final : public Budget {
     bool try_pass_on(Bytes bytes, Budget& to) noexcept override { return account_->try_pass_on(bytes, to); }
     Bytes available() const noexcept override { return account_->available(); }
     bool in_demand() const noexcept override { return account_->in_demand(); }
+    bool over_limit() const noexcept override { return account_->over_limit(); }
     Bytes make_room(Bytes wanted, bool wait, HandOver* handed) override {
         if (wait) before();
         const Bytes freed = account_->make_room(wanted, wait, handed);

@@ -223,6 +223,36 @@ TEST_CASE("a limit lowered under use gives parked memory back at once and the re
     at.require_sound();
 }
 
+TEST_CASE("a lowered limit holds for what would park, too", "[shared][quota]") {
+    QuotaFixture at(32);
+    const ModelPtr model = at.model("model");
+    const ModelPtr other = at.model("other");
+    const auto region = model->reserve(64 * at.page);
+    region->claim(0, 8 * at.page, {});
+    QuotaChange change = nothing;
+    change.limit = 2 * at.page;
+    model->set_quota(change);
+    CHECK(model->quota().overage == 6 * at.page);
+    region->release({{0, 8 * at.page}}, default_stream);  // the same memory again would need no charge
+    model->pool().drain();
+    CHECK(model->quota().overage == 0);
+    CHECK(at.parked(*model) <= 2);
+    CHECK_THROWS_AS(region->claim(0, 3 * at.page, {}), OutOfPhysicalMemory);
+    region->claim(0, 2 * at.page, {});
+    CHECK(model->quota().charged == 2 * at.page);
+    other->allocate(30 * at.page);
+    at.require_sound();
+}
+
+TEST_CASE("a model's id is what a ledger can keep", "[shared]") {
+    QuotaFixture at(8);
+    const std::string longest(127, 'x');
+    CHECK(at.model(longest)->account()->name() == longest);
+    for (const std::string& bad : {std::string(), longest + "x", std::string("a\0b", 3), std::string("a\nb")}) {
+        CHECK_THROWS_AS(at.model(bad), InvalidArgument);
+    }
+}
+
 TEST_CASE("an allocation that waits gets its memory when others free it", "[shared][wait]") {
     QuotaFixture at(8);
     const ModelPtr holder = at.model("holder");

@@ -130,6 +130,7 @@ class RivalBudget final : public Budget {
     bool try_pass_on(Bytes, Budget&) noexcept override { return false; }
     Bytes available() const noexcept override { return 0; }
     bool in_demand() const noexcept override { return false; }
+    bool over_limit() const noexcept override { return false; }
     Bytes make_room(Bytes wanted, bool, HandOver*) override {
         if (++asked > 10'000) throw InvalidArgument("asked for ever");
         return wanted;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import random
 import re
 import subprocess
@@ -239,3 +240,14 @@ def test_vllm_is_run_with_elastic_memory(monkeypatch):
     assert invoke("vllm", "--limit", "much", "serve").exit_code == 2 and len(ran) == 1
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert invoke("vllm", "serve").exit_code == 1
+
+
+def test_a_long_name_of_letters_of_several_bytes_is_found_whole():
+    name = "\u00fc" * 40
+    with elastikv.SharedMemoryPool(1 << 22, "cpu", name=f"names-{os.getpid()}") as pool:
+        pool.register_model(name, 1 << 30)
+        listed = json.loads(invoke("list", "--json", "--pool", pool.name).output)
+        assert [model["model"] for model in listed["pools"][0]["models"]] == [name]
+        assert invoke("limit", name, "1MiB", "--pool", pool.name).exit_code == 0
+        assert pool.quotas()[name].limit == 1 << 20
+        assert invoke("reserve", name, "none", "--pool", pool.name).exit_code == 0

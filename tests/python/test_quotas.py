@@ -230,3 +230,29 @@ def test_threads_on_quotas(shared, model, page_size):
         thread.join()
     assert not errors
     assert shared.global_stats().reserved == model.quota().reserve + other.quota().reserve
+
+
+def test_a_lowered_limit_holds_for_what_is_freed_and_wanted_again(device, page_size):
+    """Memory that parks is reused without a charge; above the limit it must not park."""
+    with elastikv.SharedMemoryPool(64 * page_size, device, park_limit=64 * page_size) as shared:
+        model = shared.register_model("model", 4096 * page_size)
+        tensor = elastikv.empty((32 * page_size,), (32 * page_size,), torch.uint8, model)
+        model.set_quota(limit=8 * page_size)
+        assert model.quota().overage == 24 * page_size
+        elastikv.shrink_(tensor, 0)
+        model.drain()
+        assert model.quota().overage == 0
+        with pytest.raises(elastikv.OutOfPhysicalMemory):
+            elastikv.grow_(tensor, 32 * page_size)
+        elastikv.grow_(tensor, 8 * page_size)
+        assert model.quota().charged == 8 * page_size
+        del tensor
+
+
+def test_names_of_models(shared):
+    name = "\u00fc" * 63  # 126 bytes
+    shared.register_model(name, 1 << 30)
+    assert name in shared.quotas()
+    for bad in ("", "x" * 128, name + "xx", "a\0b", "a\nb"):
+        with pytest.raises(elastikv.InvalidArgument, match="a model's id is 1 to 127 bytes"):
+            shared.register_model(bad, 1 << 30)

@@ -61,6 +61,7 @@ def list_pools(
                 f"  {model['model']} (process {model['pid']}): {short_size(model['charged'])} held, "
                 f"{short_size(model['used'])} used, {short_size(model['parked'])} parked, "
                 f"reserve {short_size(model['reserve'])}, limit {short_size(model['limit'])}"
+                + (f", {short_size(model['overage'])} above it" if model["overage"] else "")
             )
 
 

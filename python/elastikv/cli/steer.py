@@ -33,12 +33,12 @@ def limit(
 
 def reserve(
     model: Model,
-    size: Annotated[str, typer.Argument(help="As 8GiB; 0: nothing is promised.")],
+    size: Annotated[str, typer.Argument(help="As 8GiB; 0 or 'none': nothing is promised.")],
     pool: Pool = None,
     pid: Pid = None,
 ) -> None:
     """Sets how much physical memory is a model's whenever it asks."""
-    asked = parse_size(size, zero=True)
+    asked = 0 if size.strip().lower() == "none" else parse_size(size, zero=True)
     with clear_errors("reserve"):
         ledger, client = with_model(model, pool, pid)
         ledger.set_quota(model, pid=client.pid, reserve=asked)

@@ -116,6 +116,8 @@ def _cells(pool: str, client: LedgerClient, stats: LedgerStats, rates: Rates, no
     growth = f"{'+' if rate > 0 else ''}{short_size(rate)}" if rate else "-"
     over = client.overage > 0
     limit = short_size(client.limit) if client.limit < stats.physical_limit else "-"
+    if over:
+        limit += f" +{short_size(client.overage)}"
     waiting = f"{client.waiters}: {short_size(client.waiting)}" if client.waiters else "-"
     stale = "" if client.age < 5 else "bright_black"  # its process has not answered for a while
     return {

@@ -42,6 +42,12 @@ def find_ledger(name: str) -> elastikv.Ledger | None:
 _of_storage: weakref.WeakValueDictionary[int, KVMemory] = weakref.WeakValueDictionary()
 
 
+def _shown(name: str) -> str:
+    """As a model's id, of which a ledger keeps 127 bytes: with room for what is said of it."""
+    kept = name.encode()[:110].decode(errors="ignore")
+    return name if kept == name else f"{kept}..."
+
+
 def memory_of(tensor: torch.Tensor) -> KVMemory | None:
     """The memory that a view lies in; None for torch's own."""
     return _of_storage.get(tensor.untyped_storage().data_ptr())
@@ -82,9 +88,11 @@ class KVMemory:
         if other_bytes:
             page = self._shared.page_size
             whole = -(-other_bytes // page) * page
-            self._other = self._shared.register_model(f"{name} (weights)", 2 * whole, reserve=other_bytes)
+            self._other = self._shared.register_model(f"{_shown(name)} (weights)", 2 * whole, reserve=other_bytes)
         addresses = 2 * num_blocks * layout.size + (1 << 30)
-        self.model = self._shared.register_model(name, addresses, reserve=settings.reserve, priority=settings.priority)
+        self.model = self._shared.register_model(
+            _shown(name), addresses, reserve=settings.reserve, priority=settings.priority
+        )
         extent = settings.extent
         if extent is None and settings.layout == "layers":
             extent = LayerByLayer.extent_bytes(layout)
