@@ -181,6 +181,7 @@ def markdown(result: dict[str, Any]) -> str:
         ("gap_p50_ms", "between tokens, p50 of the median round", 1, "{:.2f} ms"),
         ("gap_p99_ms", "between tokens, p99 of the median round", 1, "{:.2f} ms"),
         ("gap_p99_of_all_ms", "between tokens, p99 of all rounds", 1, "{:.2f} ms"),
+        ("startup_s", "until it can serve, kernels compiled before", 1, "{:.1f} s"),
         ("idle_bytes", "KV memory before the first request", MIB, "{:,.0f} MiB"),
         ("after_burst_bytes", "KV memory after a burst, prefixes kept", MIB, "{:,.0f} MiB"),
     ):
@@ -204,6 +205,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"After kill -9 of one of two engines its {killed['victim_held'] / MIB:,.0f} MiB are free within "
             f"{killed['seconds'] * 1e3:.0f} ms; the other served {killed['other_served']} of {killed['other_asked']}."
         )
+    if "note" in result:
+        text += ["", f"Measured so: {result['note']}."]
     return "\n".join(text)
 
 

@@ -80,9 +80,12 @@ std::uint64_t BlockMap::worth_whole(std::uint64_t count) const {
 
 std::vector<std::uint64_t> BlockMap::extents_for(std::uint64_t count, std::span<const std::uint64_t> preferred) const {
     std::vector<std::uint64_t> found;
+    std::uint64_t surplus = 0;
     const auto add = [&](std::uint64_t extent) {
         found.push_back(extent);
-        count -= std::min<std::uint64_t>(count, size_of(extent));
+        const std::uint64_t taken = std::min<std::uint64_t>(count, size_of(extent));
+        count -= taken;
+        surplus += size_of(extent) - taken;
     };
     for (const std::uint64_t extent : preferred) {
         if (count > 0) add(extent);
@@ -93,6 +96,9 @@ std::vector<std::uint64_t> BlockMap::extents_for(std::uint64_t count, std::span<
         if (!extents_[extent].mapped && std::find(found.begin(), end, extent) == end) add(extent);
     }
     std::sort(found.begin(), found.end());
+    // The last of all may be short, and not needed beside what came behind it: no extent is to be mapped for nothing,
+    // as it would be given back with its last block.
+    if (!found.empty() && found.back() == extents_.size() - 1 && surplus >= size_of(found.back())) found.pop_back();
     return found;
 }
 

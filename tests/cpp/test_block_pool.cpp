@@ -62,6 +62,27 @@ TEST_CASE("blocks: an extent is mapped with its first block and goes back with i
     at.finish();
 }
 
+TEST_CASE("blocks: a short last extent that is parked is not mapped for nothing", "[blocks]") {
+    BlockFixture at({.blocks = 14, .park_pages = 1});  // the last extent has two
+    const Ids ids = at.take(14);
+    at.free({4, 5, 6, 7, 8, 9, 10, 11});
+    at.model->pool().drain();
+    at.model->pool().trim();
+    at.free({12, 13});
+    at.model->pool().drain();
+    REQUIRE(at.model->stats().parked == at.page);
+    const Ids whole = at.take(4);
+    CHECK(at.pool->stats().physical == 2 * at.page);
+    at.require_sound();
+    at.free(whole);
+    at.free({0, 1, 2, 3});
+    at.model->pool().drain();
+    at.model->pool().trim();
+    CHECK(at.pool->stats().physical == 0);
+    CHECK(at.watching->physical() == 0);
+    at.finish();
+}
+
 TEST_CASE("blocks: one that is shared stays until its last reference goes", "[blocks]") {
     BlockFixture at;
     const Ids ids = at.take(4);

@@ -237,7 +237,11 @@ def test_vllm_is_run_with_elastic_memory(monkeypatch):
     assert (program, arguments) == ("/bin/vllm", ["vllm", "serve", "org/model", "--port", "8001"])
     assert environment["ELASTIKV_VLLM"] == "1" and environment["ELASTIKV_VLLM_POOL"] == "serving"
     assert environment["ELASTIKV_VLLM_LIMIT"] == "70GiB" and "ELASTIKV_VLLM_RESERVE" not in environment
-    assert invoke("vllm", "--limit", "much", "serve").exit_code == 2 and len(ran) == 1
+    for bad in (("--limit", "much"), ("--limit", "-1"), ("--pool", ""), ("--layout", "none"), ("--speed", "9")):
+        assert invoke("vllm", *bad, "serve").exit_code == 2 and len(ran) == 1
+    assert invoke("vllm", "--name", "chat", "--extent", "4MiB", "serve", "--help", "--limit", "3").exit_code == 0
+    assert ran[1][1] == ["vllm", "serve", "--help", "--limit", "3"]
+    assert (ran[1][2]["ELASTIKV_VLLM_NAME"], ran[1][2]["ELASTIKV_VLLM_EXTENT"]) == ("chat", "4MiB")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert invoke("vllm", "serve").exit_code == 1
 

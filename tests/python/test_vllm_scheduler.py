@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -13,7 +14,7 @@ import torch
 
 from elastikv.vllm import patches
 from elastikv.vllm.engine import Engine
-from elastikv.vllm.scheduler_patches import launched
+from elastikv.vllm.scheduler_patches import elastic_pool, ends_requests, launched
 from elastikv.vllm.settings import Settings
 from elastikv.vllm.versions import version_of
 from vllm_engine import HostEngine, allocate, cache_config, random_prompt
@@ -216,6 +217,22 @@ def test_a_worker_makes_the_next_step_ready_once_this_one_is_launched(monkeypatc
             assert len(engine.pool.stock) == (8 if length == 16 else 0)  # all eight blocks are full then
             ours.scheduler.update_from_output(planned, Model.step(ours.model, ours.scheduler, planned))
         assert seen == [0] * 5
+    finally:
+        engine.close()
+
+
+def test_only_pools_of_ours_are_taken_for_such():
+    stranger = mock.MagicMock()
+    assert elastic_pool(stranger) is None and elastic_pool(SimpleNamespace()) is None
+    assert ends_requests(lambda scheduler: "plain")(stranger) == "plain"
+
+
+def test_nobody_takes_cached_blocks_while_outputs_come_in():
+    """With drafts, blocks come into the prefix cache then."""
+    engine, ours = elastic(200, "test-outputs", limit=1 << 30)
+    try:
+        update = ends_requests(lambda scheduler: engine.pool.step_lock._is_owned())
+        assert update(ours.scheduler) and not engine.pool.step_lock._is_owned()
     finally:
         engine.close()
 

@@ -28,7 +28,7 @@ app.command()(trim)
 app.command()(sleep)
 app.command()(wake)
 app.command()(watch)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(vllm)
+app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(vllm)
 
 
 def main() -> None:

@@ -58,6 +58,8 @@ class CachedQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
 class ElasticBlockPool(BlockPool):  # type: ignore[misc]
     """Thread safe against `give_up`; like vLLM's own it has one user otherwise. Without memory it is vLLM's own."""
 
+    is_elastic = True  # whoever else has a pool of this interface, such as a test's
+
     memory: KVMemory | None = None
     free_block_queue: FreeKVCacheBlockQueue
     # What get_num_free_blocks() answers, as it is asked for every request of a step: None where it must be counted.
@@ -245,8 +247,8 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
             super().evict_blocks(block_ids)
             return
         numbers = {self._block_of(each) for each in block_ids}
-        super().evict_blocks(numbers)
         with self.step_lock:
+            super().evict_blocks(numbers)
             gone = [self.blocks[i] for i in numbers if self._is_cached_free(self.blocks[i])]
             self.free_block_queue.remove_all(gone)
             self._give_back(gone)

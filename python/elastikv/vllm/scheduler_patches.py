@@ -60,8 +60,9 @@ def blocks_to_allocate(original: Function) -> Function:
 
 
 def elastic_pool(scheduler: Any) -> Any:
-    pool = getattr(getattr(scheduler, "kv_cache_manager", None), "block_pool", None)
-    return pool if getattr(pool, "memory", None) is not None else None
+    """The scheduler's block pool, if it is ours and has memory of ours."""
+    pool: Any = getattr(getattr(scheduler, "kv_cache_manager", None), "block_pool", None)
+    return pool if getattr(type(pool), "is_elastic", False) and pool.memory is not None else None
 
 
 def upcoming_blocks(scheduler: Any) -> int:
@@ -144,10 +145,13 @@ def free_copied(original: Function) -> Function:
 
 def ends_requests(original: Function) -> Function:
     def end(self: Any, *args: Any, **options: Any) -> Any:
-        result = original(self, *args, **options)
         pool = elastic_pool(self)
-        if pool is not None and not self.has_unfinished_requests():
-            pool.end_step(idle=True)
+        if pool is None:
+            return original(self, *args, **options)
+        with pool.step_lock:  # with drafts blocks come into the prefix cache here, and others may ask for cached ones
+            result = original(self, *args, **options)
+            if not self.has_unfinished_requests():
+                pool.end_step(idle=True)
         return result
 
     return end
