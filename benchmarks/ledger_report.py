@@ -1,18 +1,10 @@
-#!/usr/bin/env python3
-"""The ratios of a run of bench_ledger, and whether its bars hold.
-
-    benchmarks/ledger_report.py build/bench/bench_ledger.json
-
-Times are of a charge and its release, in one thread. Ratios compare rows of one run. Needs nothing but Python.
-"""
+"""Tables and bars of bench_ledger's results: a charge and its release, by one thread. Needs nothing but Python."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import pathlib
-import sys
+from typing import Any
 
+Bar = tuple[str, float, float, bool]
 NAMES = {
     "private/alone": "ledger of this process",
     "shared/alone": "ledger in shared memory",
@@ -26,35 +18,38 @@ NAMES = {
 }
 
 
-def times(path: pathlib.Path) -> dict[str, float]:
-    """Nanoseconds by row; the median where there are repetitions."""
+def nanoseconds(raw: dict[str, Any]) -> dict[str, float]:
+    """Of what Google Benchmark wrote, by row; the median where there are repetitions."""
     found: dict[str, float] = {}
-    for run in json.loads(path.read_text())["benchmarks"]:
+    for run in raw["benchmarks"]:
         if run.get("aggregate_name", "median") != "median":
             continue
         unit = {"ns": 1.0, "us": 1e3, "ms": 1e6}[run["time_unit"]]
-        # Google Benchmark divides the wall clock by the number of threads.
+        # It divides the wall clock by the number of threads.
         found[run["run_name"].replace("/real_time", "")] = run["real_time"] * unit * run.get("threads", 1)
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=pathlib.Path)
-    time = times(parser.parse_args().file)
-    base = time["shared/alone"]
-    for row, title in NAMES.items():
-        if row in time:
-            print(f"  {title:38} {time[row]:10.1f} ns {time[row] / base:9.3g} x")
-    fine = True
-    for what, value, bar, holds in (
+def bars(result: dict[str, Any]) -> list[Bar]:
+    time = result["nanoseconds"]
+    base, faster = time["shared/alone"], time["file/alone"] / time["shared/alone"]
+    return [
         ("charge and release across processes, at most, ns", base, 200, base <= 200),
-        ("times faster than the file, at least", time["file/alone"] / base, 10, time["file/alone"] >= 10 * base),
-    ):
-        print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.3g}")
-        fine = fine and holds
-    return 0 if fine else 1
+        ("times faster than the file, at least", faster, 10, faster >= 10),
+    ]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _rows(result: dict[str, Any]) -> list[tuple[str, float, float]]:
+    time = result["nanoseconds"]
+    return [(title, time[row], time[row] / time["shared/alone"]) for row, title in NAMES.items() if row in time]
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    for title, time, ratio in _rows(result):
+        print(f"  {title:38} {time:10.1f} ns {ratio:9.3g} x")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    text = ["| | a charge and its release | |", "|---|---:|---:|"]
+    text += [f"| {title} | {time:,.0f} ns | {ratio:.3g} x |" for title, time, ratio in _rows(result)]
+    return "\n".join(text)

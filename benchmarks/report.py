@@ -23,6 +23,7 @@ from typing import Any
 import allocator_report
 import attention_report
 import decode_report
+import ledger_report
 import pause_report
 import serving_report
 import sharing_report
@@ -37,6 +38,7 @@ REPORTS: dict[str, Any] = {
     "allocator": allocator_report,
     "attention": attention_report,
     "decode": decode_report,
+    "ledger": ledger_report,
     "pause": pause_report,
     "serving": serving_report,
     "sharing": sharing_report,
@@ -47,6 +49,7 @@ HEADLINES = {
     "allocator": "Torch's allocations",
     "attention": "Attention of one query a row, a layer, our kernel and torch's flash op,",
     "decode": "Milliseconds a token, median,",
+    "ledger": "Keeping account of memory across processes, with a file as kvcached keeps it beside,",
     "pause": "A model that sleeps and wakes,",
     "serving": "A trace's requests to one model, and three models that share memory,",
     "sharing": "Memory that model A leaves idle, asked for by B,",
@@ -93,6 +96,10 @@ def collect(raw: pathlib.Path, commit: str, folder: pathlib.Path) -> pathlib.Pat
         where = machine({"num_cpus": os.cpu_count()})
         return write(folder, where["gpu"], {"benchmark": data["benchmark"], "commit": commit, **where, **data})
     # Google Benchmark's: its medians.
+    times = ledger_report.nanoseconds(data)
+    if "shared/alone" in times:
+        where = {**machine(data["context"]), "gpu": ""}
+        return write(folder, "host", {"benchmark": "ledger", "commit": commit, **where, "nanoseconds": times})
     rows: dict[str, dict[str, float]] = {}
     for run in data["benchmarks"]:
         if run.get("aggregate_name") != "median":
@@ -155,7 +162,7 @@ def show(result: dict[str, Any]) -> bool:
     report = REPORTS.get(result["benchmark"])
     if report is not None:
         versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "vllm") if name in result)
-        print(f"{result['gpu']}, {versions}, {result['date']}, commit {result['commit']}")
+        print(f"{result['gpu'] or result['cpu']}, {versions}, {result['date']}, commit {result['commit']}")
         report.print_tables(result)
         return show_bars(report.bars(result))
     fine = True
@@ -198,7 +205,11 @@ def section(result: dict[str, Any]) -> str:
     if result["benchmark"] == "growth":
         return growth_section(result)
     gpu = f"two {result['gpu']} of one host" if result["benchmark"] == "two-gpus" else result["gpu"]
-    where = f"{gpu}, driver {result['driver']}, torch {result['torch']}"
+    where = (
+        f"{gpu}, driver {result['driver']}, torch {result['torch']}"
+        if gpu
+        else f"{result['cpu']}, {result['cores']} cores"
+    )
     what = HEADLINES[result["benchmark"]].format_map(result)
     head = f"{what} on {where} ({result['date']}, commit {result['commit']}):"
     return f"{head}\n\n{REPORTS[result['benchmark']].markdown(result)}"
