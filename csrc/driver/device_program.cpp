@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <iterator>
 
 #include "base/error.h"
 
