@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-
 #include "base/error.h"
 
 #if ELASTIKV_HAS_CUDA_H
