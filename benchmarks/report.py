@@ -177,9 +177,10 @@ def show(result: dict[str, Any]) -> bool:
     return fine
 
 
-def show_bars(found: list[tuple[str, float, float, bool]]) -> bool:
+def show_bars(found: list[tuple[str, float, float, bool]], digits: int = 3) -> bool:
+    """Prints what must hold, with so many digits of what was found; whether all of it does. For the benches, too."""
     for what, value, bar, holds in found:
-        print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.3g}")
+        print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.{digits}g}")
     return all(holds for *_, holds in found)
 
 

@@ -42,6 +42,7 @@ from decode_ways import Model, config_of  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decode_report  # noqa: E402
+from report import show_bars  # noqa: E402
 
 #: Ways that run together, and how many steps of each are timed, in a full and in a quick run.
 RACES = {
@@ -194,10 +195,7 @@ def main() -> int:
             run.run(job)
             run.write()
     print(f"{run.result['seconds']:.0f} s")
-    fine = True
-    for what, value, bar, holds in decode_report.bars(run.result):
-        print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.3g}")
-        fine = fine and holds
+    fine = show_bars(decode_report.bars(run.result))
     return 0 if fine or asked.device == "cpu" else 1
 
 

@@ -39,6 +39,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import serving_report
+from report import show_bars
 
 BEGAN = time.monotonic()
 #: Seconds that are left for writing; and how much longer than its time a part may take to say what it has.
@@ -173,10 +174,8 @@ def main() -> int:
         except ImportError as lacking:
             say(f"no picture: {lacking}; --from draws it elsewhere")
     serving_report.print_tables(result)
-    found = serving_report.bars(result)
-    for what, value, bar, holds in found:
-        print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.3g}")
-    return 0 if arguments.tiny or all(holds for *_, holds in found) else 1
+    fine = show_bars(serving_report.bars(result))
+    return 0 if arguments.tiny or fine else 1
 
 
 def run(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:

@@ -33,6 +33,7 @@ import elastikv
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sharing_report
+from report import show_bars
 
 LARGEST = {"32 MiB extents": lambda size: 32 << 20, "a heap's extents": lambda size: max(size // 100, 8 << 20)}
 CALLS = ("unmap", "release", "create", "map", "set_access")
@@ -200,10 +201,7 @@ def main() -> int:
     if asked.json:
         Path(asked.json).write_text(json.dumps(result, indent=2) + "\n")
     sharing_report.print_tables(result)
-    fine = True
-    for what, value, bar, holds in sharing_report.bars(result):
-        print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.3g}")
-        fine = fine and holds
+    fine = show_bars(sharing_report.bars(result))
     return 0 if fine or device == "cpu" else 1
 
 

@@ -36,6 +36,7 @@ import elastikv
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import two_gpus_report
+from report import show_bars
 
 BATCH = 4
 
@@ -288,10 +289,7 @@ def main() -> int:
     if asked.json:
         Path(asked.json).write_text(json.dumps(result, indent=2) + "\n")
     two_gpus_report.print_tables(result)
-    fine = True
-    for what, value, bar, holds in two_gpus_report.bars(result):
-        print(f"  {'ok  ' if holds else 'MISS'} {what} {bar:g}: {value:.4g}")
-        fine = fine and holds
+    fine = show_bars(two_gpus_report.bars(result), digits=4)
     return 0 if "decode" in result and (fine or asked.device == "cpu") else 1
 
 
