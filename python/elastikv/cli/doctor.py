@@ -56,13 +56,14 @@ def examine() -> list[Finding]:
     findings.append(_torch(torch))
     findings += [_package(name, extra) for name, extra in (("transformers", "hf"), ("matplotlib", "plots"))]
     devices = elastikv.devices()
-    findings.append(_attention(torch, devices))
-    findings.append(_kernels(torch, devices))
+    gpus = [str(one["device"]) for one in devices if one["available"] and one["device"] != "cpu"]
+    findings.append(_attention(torch, gpus))
+    findings.append(_kernels(torch, gpus))
     findings.append(_host_works())
     for device in devices:
         findings += _device(device)
     findings.append(_driver(devices))
-    if any(one["available"] and one["device"] != "cpu" for one in devices) and not torch.cuda.is_available():
+    if gpus and not torch.cuda.is_available():
         advice = "install a torch wheel with CUDA, then build elastikv anew against it"
         findings.append(Finding("torch on CUDA", False, "there is a GPU, but this torch can't use it", advice))
     return findings
@@ -80,10 +81,10 @@ def _package(name: str, extra: str) -> Finding:
         return Finding(name, False, "not installed", f"pip install 'elastikv[{extra}]'")
 
 
-def _attention(torch: Any, devices: Sequence[Mapping[str, Any]]) -> Finding:
+def _attention(torch: Any, gpus: Sequence[str]) -> Finding:
     """Which way attention 'elastikv' goes here. What it says of models, elastikv.hf.attention decides as they come."""
     name = "attention 'elastikv'"
-    if not any(device["available"] and device["device"] != "cpu" for device in devices):
+    if not gpus:
         return Finding(name, True, "over views of exact length (the flash op needs a GPU)")
     schema = torch.ops.aten._flash_attention_forward.default._schema
     if not any(argument.name == "seqused_k" for argument in schema.arguments):
@@ -92,15 +93,15 @@ def _attention(torch: Any, devices: Sequence[Mapping[str, Any]]) -> Finding:
     return Finding(name, True, f"flash for {limits}; over views for soft caps, position biases, sinks and the rest")
 
 
-def _kernels(torch: Any, devices: Sequence[Mapping[str, Any]]) -> Finding:
+def _kernels(torch: Any, gpus: Sequence[str]) -> Finding:
     """Whether a decode step's own kernels can be compiled and loaded."""
     from elastikv import _core
 
-    name, there = "decode kernels", [d["device"] for d in devices if d["available"] and d["device"] != "cpu"]
-    if not there:
+    name = "decode kernels"
+    if not gpus:
         return Finding(name, True, "torch's operators (our kernels need a GPU)")
     try:
-        reason = _core.why_no_decode_kernels(torch.empty(0, dtype=torch.bfloat16, device=there[0]))
+        reason = _core.why_no_decode_kernels(torch.empty(0, dtype=torch.bfloat16, device=gpus[0]))
     except (RuntimeError, AssertionError) as error:  # torch can't use the device, or was built without CUDA
         reason = str(error).splitlines()[0]
     if reason:

@@ -185,7 +185,7 @@ class ElasticBlockPool(BlockPool):  # type: ignore[misc]
         lacking = n - len(self.stock)
         if lacking > self.free_block_queue.num_free_blocks:
             raise ValueError(f"Cannot get {n} free blocks from the pool")
-        fresh = [self.blocks[self.stock.popleft()] for _ in range(min(n, len(self.stock)))] if self.stock else []
+        fresh = [self.blocks[self.stock.popleft()] for _ in range(min(n, len(self.stock)))]
         if lacking > 0:
             oldest = self.free_block_queue.popleft_n(lacking)
             for block in oldest:

@@ -39,13 +39,13 @@ def find_ledger(name: str) -> elastikv.Ledger | None:
         return None
 
 
-_of_storage: weakref.WeakValueDictionary[int, KVMemory] = weakref.WeakValueDictionary()
-
-
 def _shown(name: str) -> str:
     """As a model's id, of which a ledger keeps 127 bytes: with room for what is said of it."""
     kept = name.encode()[:110].decode(errors="ignore")
     return name if kept == name else f"{kept}..."
+
+
+_of_storage: weakref.WeakValueDictionary[int, KVMemory] = weakref.WeakValueDictionary()
 
 
 def memory_of(tensor: torch.Tensor) -> KVMemory | None:
