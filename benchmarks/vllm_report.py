@@ -18,23 +18,31 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
+def rounds(plain: dict[str, Any], elastic: dict[str, Any]) -> dict[str, Any]:
+    """Of one engine and another: lists are [plain, elastic]."""
+    both = (plain, elastic)
+    between = [[each["gaps_ms"] for each in one["steady"]] for one in both]
+    return {
+        "rounds": [[each["tokens_per_second"] for each in one["steady"]] for one in both],
+        "tokens_per_second": [statistics.median(each["tokens_per_second"] for each in one["steady"]) for one in both],
+        # Of the median round, as throughput is: a round in which the machine was slow for a second is no engine's.
+        "gap_p50_ms": [statistics.median(percentile(gaps, 0.5) for gaps in each) for each in between],
+        "gap_p99_ms": [statistics.median(percentile(gaps, 0.99) for gaps in each) for each in between],
+        "gap_p99_of_all_ms": [percentile([gap for gaps in each for gap in gaps], 0.99) for each in between],
+    }
+
+
 def single(plain: dict[str, Any], elastic: dict[str, Any]) -> dict[str, Any]:
-    """One engine beside another: lists are [plain, elastic]."""
+    """As `rounds`, with what else `single` finds."""
     both = (plain, elastic)
     # Twice the same set: the second time prefixes hit, in both.
     equal = [a == b for x, y in zip(*(one["outputs"] for one in both)) for a, b in zip(x["tokens"], y["tokens"])]
     again = [a == b for a, b in zip(*(each["tokens"] for each in plain["outputs"]))]
-    between = [[each["gaps_ms"] for each in one["steady"]] for one in both]
     return {
         "requests": len(equal),
         "equal": sum(equal),
         "plain_equal_to_itself": sum(again),
-        "rounds": [[each["tokens_per_second"] for each in one["steady"]] for one in both],
-        "tokens_per_second": [statistics.median(each["tokens_per_second"] for each in one["steady"]) for one in both],
-        # Of the median round, as throughput is: a round in which the machine was slow for a second is no engine's.
-        "gap_p50_ms": [statistics.median(percentile(gaps, 0.5) for gaps in rounds) for rounds in between],
-        "gap_p99_ms": [statistics.median(percentile(gaps, 0.99) for gaps in rounds) for rounds in between],
-        "gap_p99_of_all_ms": [percentile([gap for gaps in rounds for gap in gaps], 0.99) for rounds in between],
+        **rounds(plain, elastic),
         "longest_steps": [one["look"][0] for one in both],
         "startup_s": [one["startup"] for one in both],
         "idle_bytes": [one["idle_at_start"] for one in both],
@@ -92,27 +100,34 @@ def _ratio(both: list[float]) -> float:
     return both[1] / both[0]
 
 
+def _print_figures(one: dict[str, Any]) -> None:
+    for name, unit in (("tokens_per_second", 1), ("gap_p50_ms", 1), ("gap_p99_ms", 1), ("gap_p99_of_all_ms", 1),
+                       ("startup_s", 1), ("idle_bytes", MIB), ("after_burst_bytes", MIB)):  # fmt: skip
+        if name not in one:
+            continue
+        plain, elastic = one[name]
+        label = name.replace("bytes", "MiB")
+        print(f"  {label:18} plain {plain / unit:10.2f}  elastic {elastic / unit:10.2f}  {elastic / plain:6.3f} x")
+    for name, rates in zip(("plain", "elastic"), one.get("rounds", ())):
+        print(f"  rounds of {name}, tokens a second: " + ", ".join(f"{rate:,.0f}" for rate in rates))
+
+
 def print_tables(result: dict[str, Any]) -> None:
     one = result.get("single")
     if one:
         print(f"one engine: {one['equal']} of {one['requests']} requests have plain vLLM's tokens", end=" ")
         print(f"(plain's second run of them: {one['plain_equal_to_itself']} of {one['requests'] // 2})")
-        for name, unit in (("tokens_per_second", 1), ("gap_p50_ms", 1), ("gap_p99_ms", 1), ("gap_p99_of_all_ms", 1),
-                           ("startup_s", 1), ("idle_bytes", MIB), ("after_burst_bytes", MIB)):  # fmt: skip
-            if name not in one:
-                continue
-            plain, elastic = one[name]
-            label = name.replace("bytes", "MiB")
-            print(f"  {label:18} plain {plain / unit:10.2f}  elastic {elastic / unit:10.2f}  {elastic / plain:6.3f} x")
-        for name, rates in zip(("plain", "elastic"), one.get("rounds", ())):
-            print(f"  rounds of {name}, tokens a second: " + ", ".join(f"{rate:,.0f}" for rate in rates))
-        for name, rounds in zip(("plain", "elastic"), one.get("longest_steps", ())):
-            for number, found in enumerate(rounds):
+        _print_figures(one)
+        for name, looks in zip(("plain", "elastic"), one.get("longest_steps", ())):
+            for number, found in enumerate(looks):
                 for when, steps in found.items():
                     print(f"  longest steps of {name}, look {number + 1}, {when}:")
                     for step in steps:
                         print("    " + ", ".join(f"{key} {value:g}" for key, value in step.items()))
         print(f"  a burst's memory is back to {one['returned_bytes'] / MIB:.0f} MiB after {one['return_s']:.3f} s")
+    if large := result.get("large"):
+        print("one engine, eight billion weights:")
+        _print_figures(large)
     for group, points in groups(result).items():
         many, shares = GROUPS[group]
         for point in points:
@@ -148,8 +163,8 @@ def print_tables(result: dict[str, Any]) -> None:
 
 def _print_steps(steps: dict[str, Any]) -> None:
     for name, found in steps.items():
-        p50, p90, p99 = found["step_ms"]
-        print(f"a decode step, {name}: p50 {p50:.3f} ms, p90 {p90:.3f}, p99 {p99:.3f}")
+        *_, p50, p90, p99 = shares = found["step_ms"]
+        print(f"a decode step, {name}: p10 {shares[0]:.3f} ms, p50 {p50:.3f}, p90 {p90:.3f}, p99 {p99:.3f}")
         made = found["driver_calls"].items()
         calls = ", ".join(f"{call} {each:.2f} ({us:.1f} us)" for call, (each, us) in made if each)
         if calls:
@@ -173,24 +188,32 @@ def _print_steps(steps: dict[str, Any]) -> None:
         print(f"    {kernel[:60]:60}" + "".join(f"{cell[0]:8.1f}{cell[1]:8.1f} us" for cell in cells))
 
 
+FIGURES = (
+    ("tokens_per_second", "tokens a second", 1, "{:,.0f}"),
+    ("gap_p50_ms", "between tokens, p50 of the median round", 1, "{:.2f} ms"),
+    ("gap_p99_ms", "between tokens, p99 of the median round", 1, "{:.2f} ms"),
+    ("gap_p99_of_all_ms", "between tokens, p99 of all rounds", 1, "{:.2f} ms"),
+    ("startup_s", "until it can serve, kernels compiled before", 1, "{:.1f} s"),
+    ("idle_bytes", "KV memory before the first request", MIB, "{:,.0f} MiB"),
+    ("after_burst_bytes", "KV memory after a burst, prefixes kept", MIB, "{:,.0f} MiB"),
+)
+
+
+def _rows(one: dict[str, Any]) -> list[str]:
+    found = []
+    for name, title, unit, form in FIGURES:
+        if name in one:
+            plain, elastic = one[name]
+            cells = f"{form.format(plain / unit)} | {form.format(elastic / unit)} | {elastic / plain:.3g} x"
+            found.append(f"| {title} | {cells} |")
+    return found
+
+
 def markdown(result: dict[str, Any]) -> str:
     one = result["single"]
-    text = ["| one engine | plain vLLM | on elastikv | |", "|---|---:|---:|---:|"]
-    for name, title, unit, form in (
-        ("tokens_per_second", "tokens a second", 1, "{:,.0f}"),
-        ("gap_p50_ms", "between tokens, p50 of the median round", 1, "{:.2f} ms"),
-        ("gap_p99_ms", "between tokens, p99 of the median round", 1, "{:.2f} ms"),
-        ("gap_p99_of_all_ms", "between tokens, p99 of all rounds", 1, "{:.2f} ms"),
-        ("startup_s", "until it can serve, kernels compiled before", 1, "{:.1f} s"),
-        ("idle_bytes", "KV memory before the first request", MIB, "{:,.0f} MiB"),
-        ("after_burst_bytes", "KV memory after a burst, prefixes kept", MIB, "{:,.0f} MiB"),
-    ):
-        if name not in one:
-            continue
-        plain, elastic = one[name]
-        text.append(
-            f"| {title} | {form.format(plain / unit)} | {form.format(elastic / unit)} | {elastic / plain:.3g} x |"
-        )
+    text = ["| one engine, a billion weights | plain vLLM | on elastikv | |", "|---|---:|---:|---:|", *_rows(one)]
+    if large := result.get("large"):
+        text += ["| **eight billion weights** | | | |", *_rows(large)]
     text += ["", f"{one['equal']} of {one['requests']} requests have plain vLLM's tokens."]
     text.append(
         f"Without the kept prefixes the burst's memory is back to {one['returned_bytes'] / MIB:.0f} MiB after "
@@ -235,6 +258,9 @@ def bars(result: dict[str, Any]) -> list[Bar]:
     def under(what: str, value: float, bar: float) -> None:
         found.append((f"{what}, at most", value, bar, value <= bar))
 
+    if large := result.get("large"):
+        over("throughput against plain, eight billion weights", _ratio(large["tokens_per_second"]), 0.99)
+        under("p99 between tokens against plain, eight billion weights", _ratio(large["gap_p99_ms"]), 1 / 0.99)
     one = result.get("single")
     if one:
         over("requests with plain vLLM's tokens", one["equal"], one["requests"])

@@ -154,6 +154,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=200.0, help="seconds, from the start to the end")
     parser.add_argument("--parts", default=",".join(PARTS), help="only these, by commas")
     parser.add_argument("--trace", type=Path, help="in the format of the Azure dataset; default: the package's own")
+    parser.add_argument("--skip", type=float, default=0.0, help="seconds of the trace, as it is, to leave out first")
     parser.add_argument("--time-scale", type=float, default=1.0, help="multiplies the trace's times once more")
     parser.add_argument("--token-scale", type=float, default=1.0, help="multiplies the trace's token counts once more")
     parser.add_argument("--answer-scale", type=float, default=1.0, help="multiplies the answers' once more")
@@ -186,6 +187,7 @@ def run(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
         "device": arguments.device,
         "model": "",
         "trace": "",
+        "scales": {},
         "budget_seconds": arguments.budget,
         "one": {"requests": 0},
         "three": {"requests": 0},

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """vLLM with elastikv's plugin beside plain vLLM, on one GPU, with a random model of a billion weights.
 
-    benchmarks/python/bench_vllm.py [--sections single,pair,trio,kill] [--json FILE] [--picture FILE]
+    benchmarks/python/bench_vllm.py [--sections single,large,pair,trio,kill] [--json FILE] [--picture FILE]
 
 single  a plain engine and an elastic one, each running while the other waits: the tokens of 256 mixed requests, then
         rounds by turns for throughput and time between tokens; startup, KV memory when idle, how soon a burst's is back
+large   the rounds of `single` with eight billion weights, where a step waits for the GPU: with one billion it waits for
+        Python, whose speed on a machine that others use, too, is theirs to change
 pair    two engines with peaks one after the other: static halves of the KV memory, and one ledger over all of it;
         time to the first token, and requests that have it in time, over load
 trio    the same with three engines and thirds
@@ -44,6 +46,8 @@ MODEL = {
     "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+LARGE = {**MODEL, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "tie_word_embeddings": False}  # fmt: skip
 OPTIONS = {
     "load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 4096, "max_num_seqs": 256, "seed": 0,
     "enable_prefix_caching": True, "disable_log_stats": True,
@@ -59,16 +63,18 @@ ENGINES = {"pair": ("a", "b"), "trio": ("a", "b", "c")}
 SPAN = 12.0  # seconds in which requests come; an equal part of them is the peak of each engine
 REST = 3.0  # seconds more to serve them
 SLO = 0.5  # seconds to the first token
-ROUNDS = 15  # of `single`, by each engine
+ROUNDS = {"single": 15, "large": 8}  # by each engine
+STEADY = {"requests": 128, "prompt": 512, "n": 256}  # a round
 
 
 class Bench:
     def __init__(self, work: Path) -> None:
         self.work = work
         work.mkdir(parents=True, exist_ok=True)
-        self.model = work / "model"
-        self.model.mkdir(exist_ok=True)
-        (self.model / "config.json").write_text(json.dumps(MODEL))
+        self.model, self.large_model = work / "model", work / "large-model"
+        for folder, config in ((self.model, MODEL), (self.large_model, LARGE)):
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(config))
 
     def start(self, part: str, name: str, tasks: list[dict[str, Any]], elastic: bool, options: dict[str, Any],
               **settings: Any) -> subprocess.Popen[bytes]:  # fmt: skip
@@ -77,7 +83,8 @@ class Bench:
         for old in folder.glob(f"{name}.*"):
             old.unlink()
         pool = f"bench-{part}"
-        order = {"model": str(self.model), "options": {**OPTIONS, **options}, "tasks": tasks, "elastic": elastic,
+        model = self.large_model if part == "large" else self.model
+        order = {"model": str(model), "options": {**OPTIONS, **options}, "tasks": tasks, "elastic": elastic,
                  "pool": pool}  # fmt: skip
         (folder / f"{name}.order.json").write_text(json.dumps(order))
         environment = {
@@ -131,25 +138,30 @@ class Bench:
     # --- parts ---
 
     def single(self) -> None:
-        steady = {"requests": 128, "prompt": 512, "n": 256}
-        tasks = [{"do": "outputs", "requests": 256}] * 2 + [
-            {"do": "steady", "seed": n, **steady} for n in range(ROUNDS)
-        ]
-        tasks += [{"do": "look", "rounds": 2, **steady}, {"do": "idle"}]
-        tasks = [{**task, "wait": True} for task in tasks]
+        self.by_turns("single", [{"do": "outputs", "requests": 256}] * 2, [
+            {"do": "look", "rounds": 2, **STEADY}, {"do": "idle"},
+        ])  # fmt: skip
+
+    def large(self) -> None:
+        self.by_turns("large", [], [])
+
+    def by_turns(self, part: str, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+        """A plain engine and an elastic one: rounds, with other tasks around them."""
+        rounds = [{"do": "steady", "seed": n, **STEADY} for n in range(ROUNDS[part])]
+        tasks = [{**task, "wait": True} for task in [*before, *rounds, *after]]
         options = {"gpu_memory_utilization": 0.4}
         if not (self.work / "warm.json").exists():  # the first engine on a machine compiles kernels for tens of seconds
             self.finish("warm", one=self.start("warm", "one", [], False, options))
         processes = {}
         for name in ("plain", "elastic"):
-            processes[name] = self.start("single", name, tasks, name == "elastic", options)
-            self.await_task("single", name, task=-1, processes=list(processes.values()))
+            processes[name] = self.start(part, name, tasks, name == "elastic", options)
+            self.await_task(part, name, task=-1, processes=list(processes.values()))
         for number in range(len(tasks)):
             # By turns, and neither always first: a machine that is slower for a while is so for both.
             for name in sorted(processes, reverse=number % 2 == 0):
-                self.ready("single", name, task=number, processes=list(processes.values()))
-                self.await_task("single", name, task=number, processes=list(processes.values()))
-        self.finish("single", **processes)
+                self.ready(part, name, task=number, processes=list(processes.values()))
+                self.await_task(part, name, task=number, processes=list(processes.values()))
+        self.finish(part, **processes)
 
     def steps(self, elastic: bool) -> None:
         part = "steps-elastic" if elastic else "steps-plain"
@@ -237,6 +249,8 @@ def collected(work: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"benchmark": "vllm", "slo": SLO}
     if one := read("single"):
         result["single"] = vllm_report.single(one["plain"], one["elastic"])
+    if one := read("large"):
+        result["large"] = vllm_report.rounds(one["plain"], one["elastic"])
     for group, loads in LOADS.items():
         static, shared = read(f"{group}-static"), read(f"{group}-elastic")
         if static and shared:
@@ -252,7 +266,7 @@ def collected(work: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default="single,pair,trio,kill", help="what to run; '' only reports")
+    parser.add_argument("--sections", default="single,large,pair,trio,kill", help="what to run; '' only reports")
     parser.add_argument("--work", type=Path, help="folder of parts; kept")
     parser.add_argument("--json", help="write the results here, too")
     parser.add_argument("--picture", help="write the curves of 'pair' and 'trio' here (.png)")
@@ -260,7 +274,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(asked.work or Path(temporary))
         parts = {
-            "single": bench.single,
+            "single": bench.single, "large": bench.large,
             "steps-plain": lambda: bench.steps(False), "steps-elastic": lambda: bench.steps(True),
             "pair-static": lambda: bench.sharing("pair", False), "pair-elastic": lambda: bench.sharing("pair", True),
             "trio-static": lambda: bench.sharing("trio", False), "trio-elastic": lambda: bench.sharing("trio", True),

@@ -6,7 +6,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -102,9 +102,14 @@ class Part:
         self.device: str = arguments.device
         trace = arguments.trace or DEFAULT_TRACE
         found("trace", trace.name)
-        self.requests = scale_trace(
-            read_trace(trace), time_scale=arguments.time_scale, token_scale=arguments.token_scale
-        )
+        for scale in ("skip", "time_scale", "token_scale", "answer_scale"):
+            found("scales", getattr(arguments, scale), scale)
+        requests = [
+            replace(one, arrival=one.arrival - arguments.skip)
+            for one in read_trace(trace)
+            if one.arrival >= arguments.skip
+        ]
+        self.requests = scale_trace(requests, time_scale=arguments.time_scale, token_scale=arguments.token_scale)
         self.answer_scale: float = arguments.answer_scale
         self.copies = 1 if self.tiny else min(max(round(arguments.budget / 100), 1), 8)
         if self.tiny:

@@ -25,6 +25,7 @@ namespace {
 constexpr std::int64_t threads = 128;
 constexpr std::int64_t blocks_a_processor = 3;  // that registers are left for
 constexpr std::int64_t most_splits = 64;
+constexpr std::int64_t combining = 4;  // threads an element, which share its parts
 // What a block costs beside its tokens, and putting parts together, in tokens that a block reads in that time (H200).
 constexpr std::int64_t block_cost = 48;
 constexpr std::int64_t combine_cost = 64;
@@ -71,14 +72,7 @@ std::string why_no_decode_attention(const at::Device& device, at::ScalarType dty
     if (!serves(dim, group)) {
         return std::to_string(group) + " heads of " + std::to_string(dim) + " elements a KV head are not served";
     }
-    try {
-        const c10::cuda::CUDAGuard guard(device);
-        KernelCall::bind_context(device);
-        program_of(dtype, dim, group).load();
-    } catch (const DeviceUnavailable& problem) {
-        return problem.what();
-    }
-    return {};
+    return why_not(device, program_of(dtype, dim, group));
 }
 
 std::string compiled_decode_attention(at::ScalarType dtype, std::int64_t dim, std::int64_t group, int major,
@@ -92,7 +86,7 @@ at::Tensor fused_attend(const at::Tensor& query, const at::Tensor& key_window, c
                         std::optional<double> scale) {
     const auto is_window = [&](const at::Tensor& window) {
         return window.dim() == 3 && window.stride(2) == 1 && window.stride(0) % 8 == 0 && window.stride(1) % 8 == 0 &&
-               reinterpret_cast<std::uintptr_t>(read(window)) % 16 == 0;
+               by_sixteen(window);
     };
     const auto counts = [&](const at::Tensor& numbers) {
         return numbers.dim() == 1 && numbers.scalar_type() == at::kInt && numbers.is_contiguous() &&
@@ -108,8 +102,8 @@ at::Tensor fused_attend(const at::Tensor& query, const at::Tensor& key_window, c
                {&query, &key_window, &value_window, &starts, &lengths});
     }
     require_no_gradient({&query});
-    const bool by_eights = query.stride(2) == 1 && query.stride(0) % 8 == 0 && query.stride(1) % 8 == 0 &&
-                           reinterpret_cast<std::uintptr_t>(read(query)) % 16 == 0;
+    const bool by_eights =
+        query.stride(2) == 1 && query.stride(0) % 8 == 0 && query.stride(1) % 8 == 0 && by_sixteen(query);
     const at::Tensor from = by_eights ? query : query.clone(at::MemoryFormat::Contiguous);
     const std::int64_t blocks = query.size(0) * kv_heads, heads = query.size(0) * query.size(1);
     const std::int64_t splits = splits_for(blocks, longest, query.device());
@@ -125,7 +119,7 @@ at::Tensor fused_attend(const at::Tensor& query, const at::Tensor& key_window, c
                 static_cast<int>(kv_heads), static_cast<float>(factor), from.stride(0), from.stride(1),
                 key_window.stride(0), key_window.stride(1), value_window.stride(0), value_window.stride(1));
     if (splits > 1) {
-        call.launch("combine", heads, 1, dim, read(sums), read(bounds), out.mutable_data_ptr(),
+        call.launch("combine", heads, 1, combining * dim, read(sums), read(bounds), out.mutable_data_ptr(),
                     static_cast<int>(splits));
     }
     return out;

@@ -178,18 +178,39 @@ extern "C" __global__ void __launch_bounds__(warps * 32, 3)
     }
 }
 
-// A block a row and query head, a thread an element.
+// A block a row and query head, some threads an element: each takes every so many part. There are up to 64 parts.
 extern "C" __global__ void combine(const float* sums, const float* bounds, Element* out, int splits) {
+    __shared__ float weights[64], total, results[4][DIM];
     const long long first = static_cast<long long>(blockIdx.x) * splits;
-    float most = none, total = 0, result = 0;
-    for (int s = 0; s < splits; ++s) most = fmaxf(most, bounds[(first + s) * 2]);
-#pragma unroll 4
-    for (int s = 0; s < splits; ++s) {
-        const float weight = exp2f(bounds[(first + s) * 2] - most);
-        total += bounds[(first + s) * 2 + 1] * weight;
-        result += sums[(first + s) * DIM + threadIdx.x] * weight;
+    const int element = threadIdx.x % DIM, share = threadIdx.x / DIM, shares = blockDim.x / DIM;
+    if (threadIdx.x < 32) {
+        const int lane = threadIdx.x;
+        float mine[2], sum[2];
+        for (int k = 0; k < 2; ++k) {
+            const int s = lane + 32 * k;
+            mine[k] = s < splits ? bounds[(first + s) * 2] : none;
+            sum[k] = s < splits ? bounds[(first + s) * 2 + 1] : 0;
+        }
+        float most = fmaxf(mine[0], mine[1]);
+        for (int other = 16; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, other));
+        float all = 0;
+        for (int k = 0; k < 2; ++k) {
+            const float weight = exp2f(mine[k] - most);
+            weights[lane + 32 * k] = weight;
+            all += sum[k] * weight;
+        }
+        for (int other = 16; other > 0; other /= 2) all += __shfl_xor_sync(~0u, all, other);
+        if (lane == 0) total = all;
     }
-    out[static_cast<long long>(blockIdx.x) * DIM + threadIdx.x] = bits(result / total);
+    __syncthreads();
+    float result = 0;
+#pragma unroll 8
+    for (int s = share; s < splits; s += shares) result += sums[(first + s) * DIM + element] * weights[s];
+    results[share][element] = result;
+    __syncthreads();
+    if (share > 0) return;
+    for (int other = 1; other < shares; ++other) result += results[other][element];
+    out[static_cast<long long>(blockIdx.x) * DIM + element] = bits(result / total);
 }
 )cuda";
 

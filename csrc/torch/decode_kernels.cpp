@@ -34,8 +34,7 @@ DeviceProgram& program_of(at::ScalarType dtype) {
 // [row, elements] such that rows can be read by eights.
 at::Tensor by_eights(const at::Tensor& states) {
     at::Tensor rows = states.reshape({-1, states.size(-1)});
-    const bool fits = rows.stride(1) == 1 && rows.stride(0) % 8 == 0 &&
-                      reinterpret_cast<std::uintptr_t>(rows.const_data_ptr()) % sizeof(std::uint16_t[8]) == 0;
+    const bool fits = rows.stride(1) == 1 && rows.stride(0) % 8 == 0 && by_sixteen(rows);
     return fits ? rows : rows.clone(at::MemoryFormat::Contiguous);
 }
 
@@ -70,14 +69,7 @@ bool there_are(const at::Tensor& like) {
 std::string why_no_decode_kernels(const at::Device& device, at::ScalarType dtype) {
     if (!device.is_cuda()) return "they run on CUDA, not on " + device.str();
     if (dtype != at::kHalf && dtype != at::kBFloat16) return "they compute in float16 and bfloat16";
-    try {
-        const c10::cuda::CUDAGuard guard(device);
-        KernelCall::bind_context(device);
-        program_of(dtype).load();
-    } catch (const DeviceUnavailable& problem) {
-        return problem.what();
-    }
-    return {};
+    return why_not(device, program_of(dtype));
 }
 
 std::string compiled_decode_kernels(at::ScalarType dtype, int major, int minor) {
@@ -162,6 +154,37 @@ at::Tensor fused_gate(const at::Tensor& gates, const at::Tensor& factors) {
     return out;
 }
 
+std::pair<at::Tensor, at::Tensor> fused_angles(const at::Tensor& positions, const at::Tensor& frequencies,
+                                               double scaling, at::ScalarType dtype) {
+    const bool fits = positions.dim() == 2 && positions.scalar_type() == at::kLong && positions.is_cuda() &&
+                      frequencies.dim() == 1 && frequencies.scalar_type() == at::kFloat &&
+                      frequencies.device() == positions.device() && (dtype == at::kHalf || dtype == at::kBFloat16);
+    if (!fits) refuse("positions and frequencies do not fit", {&positions, &frequencies});
+    require_no_gradient({&frequencies});
+    const at::Tensor numbers = positions.contiguous(), factors = frequencies.contiguous();
+    const std::int64_t half = factors.size(0);
+    const auto options = positions.options().dtype(dtype);
+    const std::int64_t shape[] = {positions.size(0), positions.size(1), 2 * half};
+    at::Tensor cosines = at::empty(shape, options), sines = at::empty(shape, options);
+    KernelCall(positions, program_of(dtype))
+        .launch("angles", numbers.numel(), 1, threads_for(half), read(numbers), read(factors),
+                cosines.mutable_data_ptr(), sines.mutable_data_ptr(), static_cast<int>(half),
+                static_cast<float>(scaling));
+    return {cosines, sines};
+}
+
+at::Tensor fused_argmax(const at::Tensor& logits) {
+    const bool fits = logits.dim() == 2 && logits.size(1) > 0 && logits.size(1) % 8 == 0 && alike({&logits});
+    if (!fits) refuse("logits do not fit", {&logits});
+    const at::Tensor rows = by_eights(logits);
+    at::Tensor out = at::empty({rows.size(0)}, logits.options().dtype(at::kLong));
+    const auto size = static_cast<int>(rows.size(1));
+    const std::int64_t threads = std::clamp<std::int64_t>((size / 8 + 31) / 32 * 32, 32, 1024);
+    KernelCall(logits, program_of(logits.scalar_type()))
+        .launch("likeliest", rows.size(0), 1, threads, read(rows), out.mutable_data_ptr(), size, rows.stride(0));
+    return out;
+}
+
 #else
 
 std::string why_no_decode_kernels(const at::Device&, at::ScalarType) { return "built without CUDA"; }
@@ -187,6 +210,12 @@ bool try_fused_store_even(const at::Tensor&, const at::Tensor&, const at::Tensor
 }
 
 at::Tensor fused_gate(const at::Tensor&, const at::Tensor&) { throw DeviceUnavailable("built without CUDA"); }
+
+std::pair<at::Tensor, at::Tensor> fused_angles(const at::Tensor&, const at::Tensor&, double, at::ScalarType) {
+    throw DeviceUnavailable("built without CUDA");
+}
+
+at::Tensor fused_argmax(const at::Tensor&) { throw DeviceUnavailable("built without CUDA"); }
 
 #endif
 

@@ -1,5 +1,5 @@
 // What a decode step does around its matrices and its attention, in one kernel each: norms, rotary embeddings, storing
-// keys and values, gates. In steps of a millisecond the number of kernels is what one waits for.
+// keys and values, gates, the likeliest token. In steps of a millisecond the number of kernels is what one waits for.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -40,5 +40,14 @@ bool try_fused_store_even(const at::Tensor& key_window, const at::Tensor& value_
 
 // silu(gates) * factors, of a multiple of eight elements in the last dimension.
 at::Tensor fused_gate(const at::Tensor& gates, const at::Tensor& factors);
+
+// Cosines and sines [row, token, 2 * half] of rotary embeddings at positions [row, token], int64: of a position times
+// frequencies [half], float32, computed in float32, times `scaling`. The second half of a head is like the first.
+std::pair<at::Tensor, at::Tensor> fused_angles(const at::Tensor& positions, const at::Tensor& frequencies,
+                                               double scaling, at::ScalarType dtype);
+
+// As torch.argmax of each row: int64 [row] of logits [row, vocabulary], a multiple of eight elements. The first of
+// equals; what is no number is above all.
+at::Tensor fused_argmax(const at::Tensor& logits);
 
 }  // namespace elastikv::torch

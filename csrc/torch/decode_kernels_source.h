@@ -116,6 +116,53 @@ extern "C" __global__ void gate(const Element* gates, const Element* factors, El
     }
     *reinterpret_cast<Eight*>(out + row * size + i) = result;
 }
+
+// A block a position; the results lie side by side.
+extern "C" __global__ void angles(const long long* positions, const float* frequencies, Element* cosines, Element* sines,
+                                  int half, float scaling) {
+    const long long token = blockIdx.x;
+    const float position = static_cast<float>(positions[token]);
+    for (int i = threadIdx.x; i < half; i += blockDim.x) {
+        const float angle = position * frequencies[i];
+        const Element cosine = bits(cosf(angle) * scaling), sine = bits(sinf(angle) * scaling);
+        Element* const to = cosines + token * 2 * half + i;
+        Element* const sines_to = sines + token * 2 * half + i;
+        to[0] = to[half] = cosine;
+        sines_to[0] = sines_to[half] = sine;
+    }
+}
+
+// Larger for larger elements, and then for earlier ones. Zeros are equal; what is no number is above all.
+__device__ inline unsigned long long rank(Element element, int index) {
+    unsigned order = element;
+    const float number = value(element);
+    if (number != number) {
+        order = 0x1ffff;
+    } else if (number == 0) {
+        order = 0x8000;
+    } else {
+        order = order & 0x8000 ? 0xffff - order : order | 0x8000;
+    }
+    return static_cast<unsigned long long>(order) << 32 | (0x7fffffffu - index);
+}
+
+// A block a row; by eights.
+extern "C" __global__ void likeliest(const Element* logits, long long* out, int size, long long row) {
+    const Element* const from = logits + blockIdx.x * row;
+    __shared__ unsigned long long found[32];
+    unsigned long long best = 0;
+    for (int i = threadIdx.x * 8; i < size; i += blockDim.x * 8) {
+        const Eight part = load(from + i);
+        for (int k = 0; k < 8; ++k) best = max(best, rank(part.of[k], i + k));
+    }
+    for (int lane = 16; lane > 0; lane /= 2) best = max(best, __shfl_xor_sync(~0u, best, lane));
+    if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = best;
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    best = threadIdx.x < blockDim.x / 32 ? found[threadIdx.x] : 0;
+    for (int lane = 16; lane > 0; lane /= 2) best = max(best, __shfl_xor_sync(~0u, best, lane));
+    if (threadIdx.x == 0) out[blockIdx.x] = 0x7fffffffu - static_cast<unsigned>(best);
+}
 )cuda";
 
 }  // namespace elastikv::torch

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <sstream>
+#include <string>
 
 #include "base/error.h"
 #include "driver/device_program.h"
@@ -44,8 +45,23 @@ class KernelCall {
     DeviceProgram& program_;
 };
 
+// Why the program can't be used on this CUDA device, or empty. Compiles and loads it, unless that was done.
+inline std::string why_not(const at::Device& device, DeviceProgram& program) {
+    try {
+        const c10::cuda::CUDAGuard guard(device);
+        KernelCall::bind_context(device);
+        program.load();
+    } catch (const DeviceUnavailable& problem) {
+        return problem.what();
+    }
+    return {};
+}
+
 // What a kernel reads. What it writes beneath a window, too: the window's memory is nobody's to track.
 inline const void* read(const at::Tensor& tensor) { return tensor.const_data_ptr(); }
+
+// Whether it begins where sixteen bytes may be loaded at once.
+inline bool by_sixteen(const at::Tensor& tensor) { return reinterpret_cast<std::uintptr_t>(read(tensor)) % 16 == 0; }
 
 // Such that a head's elements lie side by side.
 inline at::Tensor dense(const at::Tensor& states) { return states.stride(-1) == 1 ? states : states.contiguous(); }

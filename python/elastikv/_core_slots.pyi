@@ -83,6 +83,28 @@ def fused_store(
     values: torch.Tensor,
 ) -> None: ...
 def fused_gate(gates: torch.Tensor, factors: torch.Tensor) -> torch.Tensor: ...
+def fused_angles(
+    positions: torch.Tensor, frequencies: torch.Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def fused_argmax(logits: torch.Tensor) -> torch.Tensor: ...
+def why_no_step_kernels(like: torch.Tensor) -> str: ...
+def compiled_step_kernels(major: int, minor: int) -> bytes: ...
+def fused_plan(
+    all_lengths: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: ...
+def fused_take(
+    chosen: torch.Tensor,
+    *,
+    tokens: torch.Tensor,
+    count: torch.Tensor,
+    history: torch.Tensor,
+    ended: torch.Tensor,
+    ended_here: torch.Tensor,
+    limits: torch.Tensor,
+    stops: torch.Tensor,
+    pad: torch.Tensor,
+    stored: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+) -> None: ...
 def fused_attend(
     query: torch.Tensor,
     key_window: torch.Tensor,

@@ -13,7 +13,8 @@ from elastikv import DeviceUnavailable, InvalidArgument, _core
 
 pytest.importorskip("transformers")
 
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 DTYPES = [torch.bfloat16, torch.float16]
 on_gpu = pytest.mark.cuda
@@ -36,7 +37,7 @@ def compiled(call, *arguments):
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_they_compile(dtype, capability):
-    names = (b"rms_norm", b"rotate", b"store", b"gate")
+    names = (b"rms_norm", b"rotate", b"store", b"gate", b"angles", b"likeliest")
     assert all(name in compiled(_core.compiled_decode_kernels, dtype, *capability) for name in names)
 
 
@@ -60,6 +61,8 @@ def test_what_they_do_not_serve_is_said():
     for call in (
         lambda: _core.fused_rms_norm(torch.zeros(2, 8), torch.zeros(8), 1e-6),
         lambda: _core.fused_gate(torch.zeros(2, 8), torch.zeros(2, 8)),
+        lambda: _core.fused_argmax(torch.zeros(2, 8)),
+        lambda: _core.fused_angles(one.long().view(1, 1), torch.ones(8), 1.0, torch.float16),
         lambda: _core.fused_rotate(*[torch.zeros(1, 1, 1, 8)] * 2, *[torch.zeros(1, 1, 8)] * 2),
         lambda: _core.fused_store(*[torch.zeros(4, 1, 8)] * 2, one.long(), *[torch.zeros(1, 1, 8)] * 2),
         lambda: _core.fused_attend(torch.zeros(1, 1, 64), *[torch.zeros(4, 1, 64)] * 2, one, one, 1, None),
@@ -115,6 +118,46 @@ def test_gates(shape, dtype):
     torch.testing.assert_close(_core.fused_gate(gates, factors), wanted, rtol=2**-7, atol=2**-12)
     odd = noise(shape[0] * shape[1] * shape[2] + 1, dtype=dtype)[1:].view(shape)  # not on 16 bytes
     torch.testing.assert_close(_core.fused_gate(odd, odd), torch.nn.functional.silu(odd) * odd, rtol=2**-7, atol=2**-12)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8), (3, 264), (5, 128256), (0, 16)])
+def test_the_likeliest(shape, dtype):
+    logits = noise(*shape, dtype=dtype)
+    assert torch.equal(_core.fused_argmax(logits), logits.argmax(-1))
+    logits = noise(shape[0], shape[1] + 8, dtype=dtype).mul(2).round()[:, 8:]  # many are alike; rows have a stride
+    assert torch.equal(_core.fused_argmax(logits), logits.argmax(-1))
+    odd = noise(shape[0] * shape[1] + 1, dtype=dtype)[1:].view(shape)
+    assert torch.equal(_core.fused_argmax(odd), odd.argmax(-1))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_likeliest_of_what_is_not_finite(dtype):
+    inf, nan = math.inf, math.nan
+    rows = [
+        [-inf] * 8, [-1, -inf, inf, 3, inf, 0, 0, 0], [nan, inf, 1, 2, 3, 4, 5, 6], [1, 2, -nan, nan, inf, 0, 0, 0],
+        [-0.0, 0.0, -1, -1, -1, -1, -1, -1], [-1, 0.0, -0.0, -1, -1, -1, -1, -1], [-3, -2, -4, -2, -5, -6, -7, -8],
+    ]  # fmt: skip
+    found = _core.fused_argmax(torch.tensor(rows, device="cuda", dtype=dtype))
+    assert found.tolist() == [0, 2, 0, 2, 0, 1, 1]
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["default", "llama3"])
+def test_angles_of_rotary_embeddings(kind, dtype):
+    rope = {"rope_type": kind, "rope_theta": 500000.0}
+    if kind == "llama3":
+        rope |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=512, rope_parameters=rope)
+    module, like = LlamaRotaryEmbedding(config).to("cuda"), noise(1, dtype=dtype)
+    positions = torch.randint(0, 1 << 20, (5, 3), generator=torch.Generator().manual_seed(1)).to("cuda")
+    for shaped in (positions, positions.t(), positions[:1], positions[:0]):
+        found = _core.fused_angles(shaped, module.inv_freq, module.attention_scaling, dtype)
+        for ours, theirs in zip(found, module(like, shaped)):
+            torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @on_gpu
@@ -276,5 +319,12 @@ def test_what_does_not_fit_is_refused():
             _core.fused_attend(*bad, 9, None)
     with pytest.raises(InvalidArgument, match="do not fit"):
         _core.fused_rms_norm(noise(2, 12), noise(12), 1e-6)
-    with pytest.raises(InvalidArgument, match="do not fit"):
-        _core.fused_gate(noise(2, 8), noise(2, 16))
+    for call in (
+        lambda: _core.fused_gate(noise(2, 8), noise(2, 16)),
+        lambda: _core.fused_argmax(noise(2, 12)),
+        lambda: _core.fused_argmax(noise(2, 8, dtype=torch.float32)),
+        lambda: _core.fused_angles(numbers.view(1, 3), torch.ones(8, device="cuda"), 1.0, torch.float16),
+        lambda: _core.fused_angles(numbers.view(1, 3).long(), torch.ones(8), 1.0, torch.float16),
+    ):
+        with pytest.raises(InvalidArgument, match="do not fit"):
+            call()

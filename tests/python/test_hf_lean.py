@@ -144,9 +144,26 @@ def test_two_models_of_one_architecture(device):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize(("kind", "served"), [("default", True), ("linear", True), ("dynamic", False)])
+def test_angles_of_frequencies_that_stay(kind, served):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    network = network_of(LlamaConfig(**SIZES, max_position_embeddings=64, rope_parameters=rope), "cuda")
+    embedding, positions = network.model.rotary_emb, torch.arange(100, device="cuda").unsqueeze(0)
+    states, lean = torch.zeros(1, 1, 64, device="cuda", dtype=torch.bfloat16), Lean(network)
+    with torch.inference_mode():
+        wanted = embedding(states, position_ids=positions)
+        with lean:
+            assert ("forward" in embedding.__dict__) == served
+            found = embedding(states, position_ids=positions)
+    for ours, theirs in zip(found, wanted):
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.cuda
 def test_where_kernels_can_not_be_compiled_torchs_serve(monkeypatch, caplog):
     monkeypatch.setattr(_core, "why_no_decode_kernels", lambda like: "no compiler here")
     monkeypatch.setattr(_core, "why_no_decode_attention", lambda *args: "no compiler here")
+    monkeypatch.setattr(_core, "why_no_step_kernels", lambda like: "no compiler here")
     monkeypatch.setattr(kernels, "_there", set())
     monkeypatch.setattr(kernels, "_said", set())
     network = network_of(LlamaConfig(**SIZES), "cuda:0")
@@ -158,7 +175,7 @@ def test_where_kernels_can_not_be_compiled_torchs_serve(monkeypatch, caplog):
         with lean:
             found = network(tokens).logits
         window = torch.zeros(8, 1, 64, device="cuda", dtype=torch.bfloat16)
-        assert not kernels.attend(window, window, 2)
+        assert not kernels.attend(window, window, 2) and not kernels.steps(window)
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
     assert [record.message for record in caplog.records if "no compiler here" in record.message] != []
     assert len(caplog.records) == 1

@@ -312,7 +312,7 @@ for number, task in enumerate(json.loads((folder / f"{name}.order.json").read_te
     bench_vllm.Bench(tmp_path).single()
     found = json.loads((tmp_path / "single.json").read_text())
     assert [each[0] for each in found["plain"]] == [each[0] for each in found["elastic"]]
-    assert [each[0] for each in found["plain"]].count("steady") == bench_vllm.ROUNDS
+    assert [each[0] for each in found["plain"]].count("steady") == bench_vllm.ROUNDS["single"]
     spans = sorted((begin, end, name) for name, tasks in found.items() for _, begin, end in tasks)
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
     firsts = [name for _, _, name in spans[::2]]

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from elastikv import _core
 from elastikv.errors import InvalidArgument
+from elastikv.hf import kernels
 from elastikv.hf.forward import require_attention, run_step
 from elastikv.hf.lean import Lean
 from elastikv.hf.room import RankedRoom, Room
@@ -266,14 +268,25 @@ class Decoder:
         positions = self._step.begin()
         with self._lean:
             logits = run_step(self.model, self._step, self.tokens, positions)[:, -1]
-        grown = self._step.lengths + ~self.ended  # the token that went in is stored now
-        self.slots.advance_on_device(self._step.device_rows, grown)
-        choose = self._choose
-        self._take(self._sampler(logits) if choose is None else choose(logits, self.tokens, self._step.lengths))
+        choose, lengths = self._choose, self._step.lengths
+        self._take(self._sampler(logits) if choose is None else choose(logits, self.tokens, lengths), lengths)
 
-    def _take(self, chosen: torch.Tensor) -> None:
-        """The next tokens, ``[row]``: into the history, unless the row had ended."""
+    def _take(self, chosen: torch.Tensor, lengths: torch.Tensor | None = None) -> None:
+        """The next tokens, ``[row]``: into the history, unless the row had ended.
+
+        lengths: the rows' before the tokens that went in, which are stored now; None where none went in.
+        """
+        all_lengths, rows = self.slots.all_lengths, self._step.device_rows
+        if kernels.steps(all_lengths):
+            _core.fused_take(
+                chosen, tokens=self.tokens, count=self.count, history=self.history, ended=self.ended,
+                ended_here=self._ended_here, limits=self._limits, stops=self._stops, pad=self._pad,
+                stored=None if lengths is None else (all_lengths, rows, lengths),
+            )  # fmt: skip
+            return
         alive = ~self.ended
+        if lengths is not None:
+            all_lengths.index_copy_(0, rows, lengths + alive)
         chosen = torch.where(alive, chosen, self._pad)
         place = self.count.clamp(max=self.capacity - 1).unsqueeze(1)
         kept = torch.where(alive.unsqueeze(1), chosen.unsqueeze(1), self.history.gather(1, place))

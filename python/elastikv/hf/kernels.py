@@ -30,6 +30,14 @@ def attend(keys: torch.Tensor, values: torch.Tensor, group: int) -> bool:
     return key in _there or _settled(key, _core.why_no_decode_attention(keys, keys.shape[2], group), "flash op")
 
 
+def steps(like: torch.Tensor) -> bool:
+    """Whether those of a step's beginning and end do, on this tensor's device."""
+    if like.device.type != "cuda":
+        return False
+    key = (like.device,)
+    return key in _there or _settled(key, _core.why_no_step_kernels(like), "operators, not our kernels")
+
+
 def _settled(key: tuple[object, ...], reason: str, instead: str) -> bool:
     if not reason:
         _there.add(key)

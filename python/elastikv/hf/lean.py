@@ -15,16 +15,20 @@ from torch.nn.functional import rms_norm
 from elastikv import _core
 from elastikv.hf import kernels
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+Forward = Callable[..., Any]
+
+#: Kinds of rotary embeddings whose frequencies stay as they are, however long a row gets.
+FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 class Lean:
-    """Within it, a model's RMS norms take one kernel each, not eight, rotary embeddings one, not ten, and gates one.
+    """Within it, a model's RMS norms take one kernel each, not eight, rotary embeddings one, not ten, their angles one,
+    not ten, and gates one.
 
     These are our own kernels, for bfloat16 and float16; in other dtypes torch's operators leave four of ten to rotary
-    embeddings, and gates as they are. What takes part says so by its name and, put to the test on random input, gives
-    the same to roundings of its dtype. Where gradients are recorded all is as it was. Not thread-safe: the model is
-    one's own meanwhile. Others of its architecture may be in use by other threads.
+    embeddings, and angles and gates as they are. What takes part says so by its name and, put to the test on random
+    input, gives the same to roundings of its dtype. Where gradients are recorded all is as it was. Not thread-safe: the
+    model is one's own meanwhile. Others of its architecture may be in use by other threads.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -34,13 +38,13 @@ class Lean:
         homes = {sys.modules[type(module).__module__] for module in model.modules() if _attends(module)}
         with torch.inference_mode():
             for module in model.modules():
-                fused = _fused_norm(module) or _fused_gate(module)
+                fused = _fused_norm(module) or _fused_gate(module) or _fused_angles(module, weights)
                 if fused is not None:
                     self._modules.append((module, fused))
             self._rotaries = [rotary for home in homes if (rotary := _rotary_of(home, weights)) is not None]
 
     def __len__(self) -> int:
-        """How many norms, gated MLPs and rotary functions take part."""
+        """How many norms, gated MLPs, rotary embeddings and rotary functions take part."""
         return len(self._modules) + len(self._rotaries)
 
     def __enter__(self) -> None:
@@ -172,6 +176,26 @@ def _fused_norm(module: Any) -> Forward | None:
 
     probe = _noise(3, len(weight), like=weight)
     return forward if _same(forward(probe), module(probe)) else None
+
+
+def _fused_angles(module: Any, like: torch.Tensor) -> Forward | None:
+    """The forward of a model's rotary embedding by one kernel; None for what is no such module."""
+    original = type(module).forward
+    named = type(module).__name__.endswith("RotaryEmbedding") and "forward" not in module.__dict__
+    if not named or getattr(module, "rope_type", None) not in FIXED_ROTARY or not kernels.serve(like):
+        return None
+    if list(inspect.signature(original).parameters) != ["self", "x", "position_ids"]:
+        return None
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        frequencies: torch.Tensor = module.inv_freq
+        fits = frequencies.dtype == torch.float32 and frequencies.device == x.device == position_ids.device
+        if not fits or position_ids.ndim != 2 or position_ids.dtype != torch.int64 or not kernels.serve(x):
+            return original(module, x, position_ids)  # type: ignore[no-any-return]
+        return _core.fused_angles(position_ids, frequencies, module.attention_scaling, x.dtype)
+
+    positions = torch.tensor([[0, 1, 7, 1000], [4095, 30000, 65535, 131071]], device=like.device)
+    return forward if all(map(_same, forward(like, positions), module(like, positions))) else None
 
 
 class _Stop(Exception):

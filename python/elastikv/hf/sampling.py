@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from elastikv import _core
 from elastikv.errors import InvalidArgument
+from elastikv.hf import kernels
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,13 @@ class Sampling:
         return greedy, None if greedy else self.top_k, not greedy and self.top_p is not None
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The first of the likeliest tokens, ``[row]``, of logits ``[row, vocabulary]``."""
+    if kernels.serve(logits) and logits.shape[-1] % 8 == 0:
+        return _core.fused_argmax(logits)
+    return logits.argmax(-1)
+
+
 class Sampler:
     """Samples rows of logits by its settings, which live in device memory, with a generator of its own."""
 
@@ -59,7 +68,7 @@ class Sampler:
         """Tokens ``[row]`` for logits ``[row, vocabulary]``. Waits for nothing."""
         greedy, top_k, by_share = self._kind
         if greedy:
-            return logits.argmax(-1)
+            return likeliest(logits)
         scores = logits.float() / self._settings[0]
         tokens: torch.Tensor | None = None
         if top_k is not None:

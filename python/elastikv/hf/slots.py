@@ -219,15 +219,11 @@ class Slots:
             self._stale.clear()
         return self._device_lengths[: self.rows]
 
-    def read_lengths(self, device_rows: torch.Tensor) -> torch.Tensor:
-        """The device's lengths, int32, of some rows, the idle one among them."""
-        if self._stale:
-            self.device_lengths  # noqa: B018 (brings them up to date)
-        return self._device_lengths.index_select(0, device_rows)
-
-    def advance_on_device(self, device_rows: torch.Tensor, lengths: torch.Tensor) -> None:
-        """The device's lengths of some rows, from a tensor; the caller follows on the host."""
-        self._device_lengths.index_copy_(0, device_rows, lengths)
+    @property
+    def all_lengths(self) -> torch.Tensor:
+        """The same, with the idle row's, which stays 0. Who changes them on the device follows on the host."""
+        self.device_lengths  # noqa: B018 (brings them up to date)
+        return self._device_lengths
 
     def crop(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Forgets what lies behind lengths[i] in rows[i] and gives its memory back.

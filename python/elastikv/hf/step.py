@@ -308,12 +308,15 @@ class DecodeStep(Step):
 
     def begin(self) -> torch.Tensor:
         """Reads the lengths; returns the new tokens' positions, ``[row, 1]``. To be called before each pass."""
-        lengths = self.slots.read_lengths(self.device_rows)
-        self._ends = []
-        self.lengths = lengths
-        positions = lengths.to(torch.int64)
+        all_lengths = self.slots.all_lengths
+        self._ends, self._seen = [], {}
+        if kernels.steps(all_lengths):
+            self.lengths, positions, self._index, *seen = _core.fused_plan(all_lengths, self.device_rows, self._starts)
+            self._seen[None] = (seen[0], seen[1])
+            return positions
+        self.lengths = all_lengths.index_select(0, self.device_rows)
+        positions = self.lengths.to(torch.int64)
         self._index = self._starts + positions
-        self._seen = {}
         return positions.unsqueeze(1)
 
     def compute(
@@ -358,7 +361,7 @@ class DecodeStep(Step):
 
     def commit(self) -> None:
         """The new tokens count from now on, on the device and on the host."""
-        self.slots.advance_on_device(self.device_rows, self.lengths + 1)
+        self.slots.all_lengths.index_copy_(0, self.device_rows, self.lengths + 1)
         for row in self.rows:
             if row != self.slots.idle_row:
                 self.slots.lengths[row] += 1

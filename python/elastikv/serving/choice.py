@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from elastikv.hf.sampling import likeliest
 from elastikv.serving.request import Asked
 
 _MIX = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
@@ -67,7 +68,7 @@ class Choice:
             scaled = torch.where(logits > 0, logits / self._penalty, logits * self._penalty).to(logits.dtype)
             logits = torch.where(self._said, scaled, logits)
         if not self.kind.draws:
-            return logits.argmax(-1)
+            return likeliest(logits)
         scores, tokens = (logits.float() / self._temperature).sort(dim=-1, descending=True, stable=True)
         shares = scores.masked_fill(self._ranks >= self._top_k, -torch.inf).softmax(-1)
         shares = shares.masked_fill(shares.cumsum(-1) - shares >= self._top_p, 0.0)
