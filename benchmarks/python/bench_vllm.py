@@ -12,7 +12,7 @@ pair    two engines with peaks one after the other: static halves of the KV memo
 trio    the same with three engines and thirds
 kill    kill -9 of one of two engines under load: when its memory is the other's, and that the other goes on
 sleep   one engine, elastic: `elastikv sleep` and `wake` amid its requests; in no table of results
-steps   where a decode step's time goes, plain and elastic: methods and driver calls on the CPU, kernels on the GPU; in
+steps   where a decode step's time goes once all memory is in use, plain and elastic: methods and driver calls on the CPU, kernels on the GPU; in
         no table of results. bench_vllm_attention has attention alone, over other layouts
 
 Parts can be run apart, as `pair-static,pair-elastic`, `trio-static,trio-elastic`, `steps-plain,steps-elastic`, and
@@ -64,6 +64,7 @@ SPAN = 12.0  # seconds in which requests come; an equal part of them is the peak
 REST = 3.0  # seconds more to serve them
 SLO = 0.5  # seconds to the first token
 ROUNDS = {"single": 15, "large": 8}  # by each engine
+FILLING = 9  # rounds until all memory is in use, by answers or by what is kept of their prefixes
 STEADY = {"requests": 128, "prompt": 512, "n": 256}  # a round
 
 
@@ -165,8 +166,9 @@ class Bench:
 
     def steps(self, elastic: bool) -> None:
         part = "steps-elastic" if elastic else "steps-plain"
-        tasks = [{"do": "steps", "requests": 128, "prompt": 512, "n": 256, "count": 100, "profile": 30}]
-        self.finish(part, one=self.start(part, "one", tasks, elastic, {"gpu_memory_utilization": 0.5}))
+        tasks = [{"do": "steady", "seed": n, **STEADY} for n in range(FILLING)]
+        tasks += [{"do": "steps", **STEADY, "count": 100, "profile": 30}]
+        self.finish(part, one=self.start(part, "one", tasks, elastic, {"gpu_memory_utilization": 0.4}))
 
     def sleep(self) -> None:
         tasks = [{"do": "sleep", "requests": 64, "prompt": 512, "n": 128}]
