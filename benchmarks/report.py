@@ -42,6 +42,7 @@ REPORTS: dict[str, Any] = {
     "pause": pause_report,
     "serving": serving_report,
     "sharing": sharing_report,
+    "trace": serving_report,
     "two-gpus": two_gpus_report,
     "vllm": vllm_report,
 }
@@ -53,8 +54,9 @@ HEADLINES = {
     "pause": "A model that sleeps and wakes,",
     "serving": "A trace's requests to one model, and three models that share memory,",
     "sharing": "Memory that model A leaves idle, asked for by B,",
+    "trace": "Requests of {trace}, scaled, to one model, and to three that share memory,",
     "two-gpus": "A split Llama, and peers' memory,",
-    "vllm": "vLLM {vllm} with a Llama of a billion weights,",
+    "vllm": "vLLM {vllm} with Llamas of random weights,",
 }
 NAMES = {
     "floor": "driver's floor: one handle",

@@ -109,19 +109,27 @@ def markdown(result: dict[str, Any]) -> str:
     text += ["| " + " | ".join(row) + " |" for row in rows(result)]
     if missing(result):
         text += ["", f"Not in this run of {result['budget_seconds']:g} s: {'. '.join(missing(result))}."]
+    if "note" in result:
+        text += ["", f"Measured so: {result['note']}."]
     return "\n".join(text)
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
     """On the left how many of one model's requests had their first token within so many seconds, by way; then for each
-    series of three models p50 and p99 over the load, and between them how many times later the thirds' p99 is."""
+    series of three models, of two loads or more, p50 and p99 over the load, and between them how many times later the
+    thirds' p99 is."""
     from matplotlib.figure import Figure
 
     series: dict[str, list[dict[str, Any]]] = {}
     for point in points(result):
         series.setdefault(point["series"], []).append(point)
-    figure = Figure(figsize=(4.8 * (1 + len(series)), 4.4), dpi=150, layout="constrained")
-    left, *others = figure.subplots(1, 1 + len(series), squeeze=False)[0]
+    series = {name: those for name, those in series.items() if len(those) > 1}
+    down = -(-(1 + len(series)) // 4)
+    across = -(-(1 + len(series)) // down)
+    figure = Figure(figsize=(4.8 * across, 4.4 * down), dpi=150, layout="constrained")
+    left, *others = figure.subplots(down, across, squeeze=False).flatten()
+    for unused in others[len(series) :]:
+        unused.set_visible(False)
     for name, way in result["ways"].items():
         firsts = way["first_tokens"]
         shares = [100 * (index + 1) / max(way["requests"], 1) for index in range(len(firsts))]

@@ -182,7 +182,7 @@ def main() -> int:
 def run(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Part after part; the JSON file, where there is one, is whole after each finding."""
     result: dict[str, Any] = {
-        "benchmark": "serving",
+        "benchmark": "trace" if arguments.trace else "serving",
         "torch": "",
         "device": arguments.device,
         "model": "",

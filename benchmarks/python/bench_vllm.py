@@ -54,6 +54,7 @@ OPTIONS = {
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
                            "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 192, 256]},
 }  # fmt: skip
+ALONE = {"gpu_memory_utilization": 0.4}  # an engine beside which only its like is
 SHARED_KV = 4 << 30  # bytes of KV cache that the engines have together: some 50 sequences of PROMPT + ANSWER tokens
 PROMPT, ANSWER = 1024, 384  # tokens of each request
 # Requests a second of the engine that has its peak: from where each does with its static share to where all of the
@@ -63,7 +64,11 @@ ENGINES = {"pair": ("a", "b"), "trio": ("a", "b", "c")}
 SPAN = 12.0  # seconds in which requests come; an equal part of them is the peak of each engine
 REST = 3.0  # seconds more to serve them
 SLO = 0.5  # seconds to the first token
-ROUNDS = {"single": 15, "large": 8}  # by each engine
+STARTS = {
+    "single": 3,
+    "large": 2,
+}  # pairs of engines: on which cores one comes to run, and where its memory lies, is chance
+ROUNDS = {"single": 5, "large": 4}  # by each engine of a pair
 FILLING = 9  # rounds until all memory is in use, by answers or by what is kept of their prefixes
 STEADY = {"requests": 128, "prompt": 512, "n": 256}  # a round
 
@@ -147,22 +152,32 @@ class Bench:
         self.by_turns("large", [], [])
 
     def by_turns(self, part: str, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
-        """A plain engine and an elastic one: rounds, with other tasks around them."""
-        rounds = [{"do": "steady", "seed": n, **STEADY} for n in range(ROUNDS[part])]
-        tasks = [{**task, "wait": True} for task in [*before, *rounds, *after]]
-        options = {"gpu_memory_utilization": 0.4}
+        """Pairs of a plain engine and an elastic one: rounds, and around those of the first pair other tasks."""
         if not (self.work / "warm.json").exists():  # the first engine on a machine compiles kernels for tens of seconds
-            self.finish("warm", one=self.start("warm", "one", [], False, options))
+            self.finish("warm", one=self.start("warm", "one", [], False, ALONE))
+        found: dict[str, Any] = {}
+        for start in range(STARTS[part]):
+            rounds = [{"do": "steady", "seed": start * ROUNDS[part] + n, **STEADY} for n in range(ROUNDS[part])]
+            pair = self.pair_by_turns(part, rounds if found else [*before, *rounds, *after])
+            for name, one in pair.items():
+                if name in found:
+                    found[name]["steady"] += one["steady"]
+                else:
+                    found[name] = one
+        (self.work / f"{part}.json").write_text(json.dumps(found))
+
+    def pair_by_turns(self, part: str, tasks: list[dict[str, Any]]) -> dict[str, Any]:
+        tasks = [{**task, "wait": True} for task in tasks]
         processes = {}
         for name in ("plain", "elastic"):
-            processes[name] = self.start(part, name, tasks, name == "elastic", options)
+            processes[name] = self.start(part, name, tasks, name == "elastic", ALONE)
             self.await_task(part, name, task=-1, processes=list(processes.values()))
         for number in range(len(tasks)):
             # By turns, and neither always first: a machine that is slower for a while is so for both.
             for name in sorted(processes, reverse=number % 2 == 0):
                 self.ready(part, name, task=number, processes=list(processes.values()))
                 self.await_task(part, name, task=number, processes=list(processes.values()))
-        self.finish(part, **processes)
+        return self.finish(part, **processes)
 
     def steps(self, elastic: bool) -> None:
         part = "steps-elastic" if elastic else "steps-plain"

@@ -48,7 +48,7 @@ def test_any_import_makes_the_attention_known():
 
 def test_lean_norms_give_the_same(llama, device):
     lean = Lean(llama)
-    assert len(lean) == 3 * 2 + 1 + 1 + (3 if device != "cpu" else 0)  # norms, the rotary function, gated MLPs
+    assert len(lean) == 3 * 2 + 1 + 1 + (4 if device != "cpu" else 0)  # norms, the rotary function; gates, angles
     tokens, _ = prompts(device)
     with torch.inference_mode():
         wanted = llama(tokens, use_cache=False).logits

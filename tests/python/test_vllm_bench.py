@@ -296,13 +296,13 @@ def test_one_engine_waits_while_the_other_runs(monkeypatch, tmp_path):
 import json, pathlib, sys, time
 folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 (folder / f"{name}.ready").write_text("")
-found = []
+found = {}
 for number, task in enumerate(json.loads((folder / f"{name}.order.json").read_text())["tasks"]):
     while not (folder / f"{name}.task{number}.go").exists():
         time.sleep(0.001)
     begin = time.monotonic()
     time.sleep(0.01)
-    found.append([task["do"], begin, time.monotonic()])
+    found.setdefault(task["do"], []).append([begin, time.monotonic()])
     (folder / f"{name}.done{number}").write_text("")
 (folder / f"{name}.result.json").write_text(json.dumps(found))
 """
@@ -311,9 +311,17 @@ for number, task in enumerate(json.loads((folder / f"{name}.order.json").read_te
     (tmp_path / "warm.json").write_text("")
     bench_vllm.Bench(tmp_path).single()
     found = json.loads((tmp_path / "single.json").read_text())
-    assert [each[0] for each in found["plain"]] == [each[0] for each in found["elastic"]]
-    assert [each[0] for each in found["plain"]].count("steady") == bench_vllm.ROUNDS["single"]
-    spans = sorted((begin, end, name) for name, tasks in found.items() for _, begin, end in tasks)
+    made = {name: {task: len(spans) for task, spans in one.items()} for name, one in found.items()}
+    rounds = bench_vllm.STARTS["single"] * bench_vllm.ROUNDS["single"]
+    assert made["plain"] == made["elastic"] == {"outputs": 2, "steady": rounds, "look": 1, "idle": 1}
+    spans = sorted(
+        (begin, end, name, task)
+        for name, one in found.items()
+        for task, each in one.items()
+        for begin, end in each
+    )  # fmt: skip
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
-    firsts = [name for _, _, name in spans[::2]]
+    first_pair = spans[: 2 * (2 + bench_vllm.ROUNDS["single"] + 2)]
+    assert {task for *_, task in first_pair} == set(made["plain"])
+    firsts = [name for *_, name, _ in first_pair[::2]]
     assert firsts[::2] == ["plain"] * len(firsts[::2]) and firsts[1::2] == ["elastic"] * len(firsts[1::2])
