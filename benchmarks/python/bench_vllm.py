@@ -12,8 +12,8 @@ pair    two engines with peaks one after the other: static halves of the KV memo
 trio    the same with three engines and thirds
 kill    kill -9 of one of two engines under load: when its memory is the other's, and that the other goes on
 sleep   one engine, elastic: `elastikv sleep` and `wake` amid its requests; in no table of results
-steps   where a decode step's time goes once all memory is in use, plain and elastic: methods and driver calls on the CPU,
-        kernels on the GPU; in no table of results. bench_vllm_attention has attention alone, over other layouts
+steps   where a decode step's time goes once all memory is in use, plain and elastic: methods and driver calls on CPU,
+        kernels on GPU; in no table of results. bench_vllm_attention has attention alone, over other layouts
 
 Parts can be run apart, as `pair-static,pair-elastic`, `trio-static,trio-elastic`, `steps-plain,steps-elastic`, and
 join in the folder of --work. A part of `pair` or `trio` takes SPAN + REST seconds a load, and the engines' start.
