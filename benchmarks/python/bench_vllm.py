@@ -89,7 +89,7 @@ class Bench:
         for old in folder.glob(f"{name}.*"):
             old.unlink()
         pool = f"bench-{part}"
-        model = self.large_model if part == "large" else self.model
+        model = self.large_model if part.startswith("large") else self.model
         order = {"model": str(model), "options": {**OPTIONS, **options}, "tasks": tasks, "elastic": elastic,
                  "pool": pool}  # fmt: skip
         (folder / f"{name}.order.json").write_text(json.dumps(order))
@@ -120,8 +120,11 @@ class Bench:
                 print((self.work / part / f"{name}.log").read_text(errors="replace")[-6000:])
                 raise SystemExit(f"{part}: the engine '{name}' ended with {code}")
             found[name] = json.loads((self.work / part / f"{name}.result.json").read_text())
-        (self.work / f"{part}.json").write_text(json.dumps(found))
+        self.keep(part, found)
         return found
+
+    def keep(self, part: str, found: dict[str, Any]) -> None:
+        (self.work / f"{part}.json").write_text(json.dumps(found))
 
     def ready(self, part: str, *names: str, task: int, processes: list[subprocess.Popen[bytes]]) -> None:
         """Waits until these engines have come to a task, and opens it for all at once."""
@@ -164,20 +167,20 @@ class Bench:
                     found[name]["steady"] += one["steady"]
                 else:
                     found[name] = one
-        (self.work / f"{part}.json").write_text(json.dumps(found))
+        self.keep(part, found)
 
     def pair_by_turns(self, part: str, tasks: list[dict[str, Any]]) -> dict[str, Any]:
-        tasks = [{**task, "wait": True} for task in tasks]
+        pair, tasks = f"{part}-pair", [{**task, "wait": True} for task in tasks]
         processes = {}
         for name in ("plain", "elastic"):
-            processes[name] = self.start(part, name, tasks, name == "elastic", ALONE)
-            self.await_task(part, name, task=-1, processes=list(processes.values()))
+            processes[name] = self.start(pair, name, tasks, name == "elastic", ALONE)
+            self.await_task(pair, name, task=-1, processes=list(processes.values()))
         for number in range(len(tasks)):
             # By turns, and neither always first: a machine that is slower for a while is so for both.
             for name in sorted(processes, reverse=number % 2 == 0):
-                self.ready(part, name, task=number, processes=list(processes.values()))
-                self.await_task(part, name, task=number, processes=list(processes.values()))
-        return self.finish(part, **processes)
+                self.ready(pair, name, task=number, processes=list(processes.values()))
+                self.await_task(pair, name, task=number, processes=list(processes.values()))
+        return self.finish(pair, **processes)
 
     def steps(self, elastic: bool) -> None:
         part = "steps-elastic" if elastic else "steps-plain"

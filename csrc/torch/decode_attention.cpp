@@ -24,8 +24,8 @@ namespace {
 
 constexpr std::int64_t threads = 128;
 constexpr std::int64_t blocks_a_processor = 3;  // that registers are left for
-constexpr std::int64_t most_splits = 64;
-constexpr std::int64_t combining = 4;  // threads an element, which share its parts
+constexpr std::int64_t most_splits = 64;        // whole warps
+constexpr std::int64_t combining = 4;           // threads an element, which share its parts
 // What a block costs beside its tokens, and putting parts together, in tokens that a block reads in that time (H200).
 constexpr std::int64_t block_cost = 48;
 constexpr std::int64_t combine_cost = 64;
@@ -39,7 +39,9 @@ DeviceProgram& program_of(at::ScalarType dtype, std::int64_t dim, std::int64_t g
     const std::lock_guard lock(*mutex);
     std::unique_ptr<DeviceProgram>& program = (*made)[{dtype == at::kHalf, dim, group}];
     if (program == nullptr) {
-        std::vector<std::string> options{"-DDIM=" + std::to_string(dim), "-DGROUP=" + std::to_string(group)};
+        std::vector<std::string> options{"-DDIM=" + std::to_string(dim), "-DGROUP=" + std::to_string(group),
+                                         "-DMOST_SPLITS=" + std::to_string(most_splits),
+                                         "-DCOMBINING=" + std::to_string(combining)};
         if (dtype == at::kHalf) options.emplace_back("-DELEMENT_FLOAT16");
         program = std::make_unique<DeviceProgram>(std::string(element_source) + decode_attention_source, options);
     }

@@ -178,23 +178,25 @@ extern "C" __global__ void __launch_bounds__(warps * 32, 3)
     }
 }
 
-// A block a row and query head, some threads an element: each takes every so many part. There are up to 64 parts.
+// A block a row and query head, COMBINING threads an element: each takes every so many part, of up to MOST_SPLITS.
 extern "C" __global__ void combine(const float* sums, const float* bounds, Element* out, int splits) {
-    __shared__ float weights[64], total, results[4][DIM];
+    __shared__ float weights[MOST_SPLITS], total, results[COMBINING][DIM];
+    constexpr int turns = MOST_SPLITS / 32;
     const long long first = static_cast<long long>(blockIdx.x) * splits;
-    const int element = threadIdx.x % DIM, share = threadIdx.x / DIM, shares = blockDim.x / DIM;
+    const int element = threadIdx.x % DIM, share = threadIdx.x / DIM;
     if (threadIdx.x < 32) {
         const int lane = threadIdx.x;
-        float mine[2], sum[2];
-        for (int k = 0; k < 2; ++k) {
+        float mine[turns], sum[turns];
+        for (int k = 0; k < turns; ++k) {
             const int s = lane + 32 * k;
             mine[k] = s < splits ? bounds[(first + s) * 2] : none;
             sum[k] = s < splits ? bounds[(first + s) * 2 + 1] : 0;
         }
-        float most = fmaxf(mine[0], mine[1]);
+        float most = none;
+        for (int k = 0; k < turns; ++k) most = fmaxf(most, mine[k]);
         for (int other = 16; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, other));
         float all = 0;
-        for (int k = 0; k < 2; ++k) {
+        for (int k = 0; k < turns; ++k) {
             const float weight = exp2f(mine[k] - most);
             weights[lane + 32 * k] = weight;
             all += sum[k] * weight;
@@ -205,11 +207,11 @@ extern "C" __global__ void combine(const float* sums, const float* bounds, Eleme
     __syncthreads();
     float result = 0;
 #pragma unroll 8
-    for (int s = share; s < splits; s += shares) result += sums[(first + s) * DIM + element] * weights[s];
+    for (int s = share; s < splits; s += COMBINING) result += sums[(first + s) * DIM + element] * weights[s];
     results[share][element] = result;
     __syncthreads();
     if (share > 0) return;
-    for (int other = 1; other < shares; ++other) result += results[other][element];
+    for (int other = 1; other < COMBINING; ++other) result += results[other][element];
     out[static_cast<long long>(blockIdx.x) * DIM + element] = bits(result / total);
 }
 )cuda";

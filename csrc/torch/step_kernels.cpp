@@ -77,10 +77,11 @@ void fused_take(const at::Tensor& chosen, const Answers& answers, const std::opt
     }
     const at::Tensor tokens = chosen.to(at::kLong).contiguous();
     KernelCall(chosen, program())
-        .launch("take", (rows + threads - 1) / threads, 1, threads, read(tokens), read(answers.tokens),
-                read(answers.count), read(answers.history), read(answers.ended), read(answers.ended_here),
-                read(answers.limits), read(answers.stops), read(answers.pad), static_cast<int>(answers.stops.numel()),
-                capacity, stored ? read(stored->all_lengths) : nullptr, stored ? read(stored->slots) : nullptr,
+        .launch("take", (rows + threads - 1) / threads, 1, threads, read(tokens), answers.tokens.mutable_data_ptr(),
+                answers.count.mutable_data_ptr(), answers.history.mutable_data_ptr(), answers.ended.mutable_data_ptr(),
+                answers.ended_here.mutable_data_ptr(), read(answers.limits), read(answers.stops), read(answers.pad),
+                static_cast<int>(answers.stops.numel()), capacity,
+                stored ? stored->all_lengths.mutable_data_ptr() : nullptr, stored ? read(stored->slots) : nullptr,
                 stored ? read(stored->lengths) : nullptr, static_cast<int>(rows));
 }
 

@@ -159,6 +159,27 @@ def test_angles_of_frequencies_that_stay(kind, served):
         torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-6)
 
 
+class ThreefoldRotaryEmbedding(torch.nn.Module):
+    """Of a model that wants its positions by time, height and width."""
+
+    rope_type, attention_scaling = "default", 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("inv_freq", torch.ones(4))
+
+    def forward(self, x, position_ids):
+        angles = position_ids[:, :, None, :].float() * self.inv_freq[None, None, :, None]
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def test_positions_of_another_kind_stay(monkeypatch):
+    monkeypatch.setattr(kernels, "serve", lambda like: True)
+    monkeypatch.setattr(_core, "fused_angles", lambda positions, *_: (torch.zeros(*positions.shape, 8),) * 2)
+    network = torch.nn.Sequential(ThreefoldRotaryEmbedding(), torch.nn.Linear(4, 4))
+    assert len(Lean(network)) == 0
+
+
 @pytest.mark.cuda
 def test_where_kernels_can_not_be_compiled_torchs_serve(monkeypatch, caplog):
     monkeypatch.setattr(_core, "why_no_decode_kernels", lambda like: "no compiler here")

@@ -186,3 +186,17 @@ def test_steps_refuse_what_is_wrong(llama, device, model):
     with pytest.raises(elastikv.InvalidArgument, match="slot 1 is not taken"):
         slots.release(1)
     assert slots.acquire() == 1
+
+
+def test_idle_rows_stay_empty_and_hosts_word_counts(llama, device, model):
+    slots = Slots(kv_geometry(llama.config), model=model, rows=3, max_tokens=16, dtype=llama.dtype)
+    slots.reserve([0, 1], [4, 4])
+    slots.set_lengths([0, 1], [2, 3])
+    step = DecodeStep(slots, [0, slots.idle_row, slots.idle_row], max_key=16)
+    for length in (2, 3):
+        assert step.begin().tolist() == [[length], [0], [0]]
+        if length == 3:
+            slots.set_lengths([1], [1])
+        step.commit()
+    assert slots.lengths == [4, 1, 0] and slots.all_lengths[-1] == 0
+    assert slots.device_lengths.tolist() == slots.lengths

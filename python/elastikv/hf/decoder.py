@@ -48,7 +48,7 @@ class Decoder:
 
     model: a causal LM with attention 'elastikv', or such a one compiled. rows: those that step together, always in
     this order; `Slots.idle_row` for places that `put` fills later. capacity: the most new tokens of a row. lean: fewer
-    kernels for norms and rotary embeddings (`Lean`), by default on CUDA. The slots must have their addresses
+    kernels within the model (`Lean`), by default on CUDA. The slots must have their addresses
     (`Slots.allocate`). choose: what picks the next tokens instead of the sampling, by row: called with logits
     ``[row, vocabulary]``, the tokens ``[row, 1]`` that went in and their positions ``[row]``, it returns tokens
     ``[row]``; it is captured with the step, so it works on the device alone, and a second time changes nothing.
@@ -98,6 +98,8 @@ class Decoder:
             self._stops = torch.full((16,), -1, **integers)
             self._pad = torch.zeros((), **integers)
             self._ended_here = torch.ones(count, dtype=torch.bool, pin_memory=self._on_gpu)
+            # A copy by torch, so that it knows of the stream on which our kernel and graphs write to that memory later.
+            self._ended_here.copy_(self.ended, non_blocking=True)
         self._room = self._new_room([1] * count)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._graph_memory: Any = None
@@ -145,7 +147,7 @@ class Decoder:
         with torch.inference_mode():
             self.sampling = sampling or self.sampling
             self._sampler.set(self.sampling, seed)
-            self.slots.device_lengths  # noqa: B018 (brings the device's copy up to date, which a graph can't)
+            self.slots.sync_lengths()  # which a graph can't
             self._limits.copy_(torch.tensor(limits))
             self._stops.copy_(torch.tensor([*stop, *[-1] * (len(self._stops) - len(stop))]))
             self._pad.fill_(pad)
@@ -223,7 +225,7 @@ class Decoder:
         Raises OutOfPhysicalMemory before anything has happened: `step` may be called again.
         """
         self._room.make()
-        self.slots.device_lengths  # noqa: B018 (brings them up to date, where others changed other rows)
+        self.slots.sync_lengths()  # others may have changed other rows
         ended = self._known_ended()
         graph = self._graph() if self._graphed else None
         if graph is not None:

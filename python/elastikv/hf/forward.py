@@ -29,12 +29,6 @@ def _takes_logits_to_keep(model_class: type) -> bool:
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
 
 
-@cache
-def _no_mask(device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-
-
 def require_attention(model: PreTrainedModel) -> None:
     """Raises InvalidArgument unless the model computes its attention by our function."""
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
@@ -58,7 +52,7 @@ def run_step(
     output = model(
         input_ids=tokens,
         position_ids=positions,
-        attention_mask=_no_mask(tokens.device),
+        attention_mask=step.slots.no_mask,
         use_cache=False,
         elastikv=step.handle,
         **options,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from elastikv import _core
@@ -16,7 +18,7 @@ def serve(like: torch.Tensor) -> bool:
     if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float16):
         return False
     key = (like.device, like.dtype)
-    return key in _there or _settled(key, _core.why_no_decode_kernels(like), "operators, not our kernels")
+    return key in _there or _settled(key, lambda: _core.why_no_decode_kernels(like), "operators, not our kernels")
 
 
 def attend(keys: torch.Tensor, values: torch.Tensor, group: int) -> bool:
@@ -27,7 +29,7 @@ def attend(keys: torch.Tensor, values: torch.Tensor, group: int) -> bool:
     if any(side.data_ptr() % 16 or side.stride(0) % 8 or side.stride(1) % 8 for side in (keys, values)):
         return False
     key = (keys.device, keys.dtype, keys.shape[2], group)
-    return key in _there or _settled(key, _core.why_no_decode_attention(keys, keys.shape[2], group), "flash op")
+    return key in _there or _settled(key, lambda: _core.why_no_decode_attention(keys, keys.shape[2], group), "flash op")
 
 
 def steps(like: torch.Tensor) -> bool:
@@ -35,10 +37,13 @@ def steps(like: torch.Tensor) -> bool:
     if like.device.type != "cuda":
         return False
     key = (like.device,)
-    return key in _there or _settled(key, _core.why_no_step_kernels(like), "operators, not our kernels")
+    return key in _there or _settled(key, lambda: _core.why_no_step_kernels(like), "operators, not our kernels")
 
 
-def _settled(key: tuple[object, ...], reason: str, instead: str) -> bool:
+def _settled(key: tuple[object, ...], why_not: Callable[[], str], instead: str) -> bool:
+    if torch.cuda.is_current_stream_capturing():  # a capture may load nothing: what ran before it decides
+        return False
+    reason = why_not()
     if not reason:
         _there.add(key)
     elif reason not in _said:

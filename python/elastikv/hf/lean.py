@@ -115,7 +115,7 @@ class Rotary:
             try:
                 wanted = self.original(*states, *angles)
                 found = self(*states, *angles)
-            except (TypeError, RuntimeError, ValueError):  # one of another kind
+            except (TypeError, RuntimeError, ValueError, IndexError):  # one of another kind
                 return False
             finally:
                 self._pass.__dict__.clear()
@@ -190,12 +190,21 @@ def _fused_angles(module: Any, like: torch.Tensor) -> Forward | None:
     def forward(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         frequencies: torch.Tensor = module.inv_freq
         fits = frequencies.dtype == torch.float32 and frequencies.device == x.device == position_ids.device
-        if not fits or position_ids.ndim != 2 or position_ids.dtype != torch.int64 or not kernels.serve(x):
+        if (
+            torch.is_grad_enabled()
+            or not fits
+            or position_ids.ndim != 2
+            or position_ids.dtype != torch.int64
+            or not kernels.serve(x)
+        ):
             return original(module, x, position_ids)  # type: ignore[no-any-return]
         return _core.fused_angles(position_ids, frequencies, module.attention_scaling, x.dtype)
 
     positions = torch.tensor([[0, 1, 7, 1000], [4095, 30000, 65535, 131071]], device=like.device)
-    return forward if all(map(_same, forward(like, positions), module(like, positions))) else None
+    try:
+        return forward if all(map(_same, forward(like, positions), module(like, positions))) else None
+    except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):  # it wants positions of another kind
+        return None
 
 
 class _Stop(Exception):

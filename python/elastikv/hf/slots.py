@@ -33,7 +33,8 @@ class Slots:
 
     Layout: ``[row, token, layer, key or value, head, dim]``. One token's layers lie side by side, so a page serves all
     layers of its tokens. ``lengths`` says how many tokens of each row count; ``device_lengths`` (int32) says the same
-    on the device.
+    on the device, of which `sync_lengths` brings ``all_lengths`` up to date, with the idle row's behind. Who changes
+    them there follows on the host. ``no_mask``, ``[1, 1, 1, 1]``, is for models that want a mask where there is none.
 
     keys[layer] and values[layer] are windows ``[row * pitch + token, head, dim]`` over all addresses, of which only the
     front of each row may be touched: they are for kernels that are told the lengths. `view` gives exact views.
@@ -102,7 +103,8 @@ class Slots:
                 keys.append(tensor.window(offset, (shape.key_heads, shape.key_dim)))
                 values.append(tensor.window(offset + shape.key_elements, (shape.value_heads, shape.value_dim)))
                 offset += shape.elements
-            self._device_lengths = torch.zeros(self.rows + 1, dtype=torch.int32, device=self.device)
+            self.all_lengths = torch.zeros(self.rows + 1, dtype=torch.int32, device=self.device)
+            self.no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self.tensor = tensor if self.ranks is None else RankedSlots(tensor, self.ranks)
         self.keys, self.values = keys, values
         self.shapes, self.dtype = tuple(shapes), dtype
@@ -212,18 +214,16 @@ class Slots:
     @property
     def device_lengths(self) -> torch.Tensor:
         """The lengths as int32 ``[row]`` on the device, right for work that is enqueued now. Nothing waits for it."""
+        self.sync_lengths()
+        return self.all_lengths[: self.rows]
+
+    def sync_lengths(self) -> None:
+        """Brings the device's lengths up to date."""
         if self._stale:
             rows = sorted(self._stale)
             values = upload([self.lengths[row] for row in rows], self.device).to(torch.int32)
-            self._device_lengths.index_copy_(0, upload(rows, self.device), values)
+            self.all_lengths.index_copy_(0, upload(rows, self.device), values)
             self._stale.clear()
-        return self._device_lengths[: self.rows]
-
-    @property
-    def all_lengths(self) -> torch.Tensor:
-        """The same, with the idle row's, which stays 0. Who changes them on the device follows on the host."""
-        self.device_lengths  # noqa: B018 (brings them up to date)
-        return self._device_lengths
 
     def crop(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Forgets what lies behind lengths[i] in rows[i] and gives its memory back.

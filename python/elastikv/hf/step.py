@@ -308,6 +308,7 @@ class DecodeStep(Step):
 
     def begin(self) -> torch.Tensor:
         """Reads the lengths; returns the new tokens' positions, ``[row, 1]``. To be called before each pass."""
+        self.slots.sync_lengths()
         all_lengths = self.slots.all_lengths
         self._ends, self._seen = [], {}
         if kernels.steps(all_lengths):
@@ -361,7 +362,8 @@ class DecodeStep(Step):
 
     def commit(self) -> None:
         """The new tokens count from now on, on the device and on the host."""
-        self.slots.all_lengths.index_copy_(0, self.device_rows, self.lengths + 1)
+        grown = self.lengths + (self.device_rows != self.slots.idle_row)
+        self.slots.all_lengths.index_copy_(0, self.device_rows, grown)
         for row in self.rows:
             if row != self.slots.idle_row:
                 self.slots.lengths[row] += 1
