@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "heap/capture_order.h"
 #include "heap/types.h"
 #include "vmm/recorded_fence.h"
 
@@ -30,8 +31,9 @@ struct Block {
     Block* prev = nullptr;
     Block* next = nullptr;
     BlockState state = BlockState::free;
-    std::vector<Stream> users{};     // streams beside the segment's own
-    std::vector<FencePtr> fences{};  // behind the work of those among them that have one yet
+    std::vector<Stream> users{};         // streams beside the segment's own
+    std::vector<FencePtr> fences{};      // behind the work of those among them that have one yet
+    std::vector<CapturePoint> points{};  // where those that recorded a graph were when it was freed
     Note note{};
 
     bool is_free() const { return state == BlockState::free; }

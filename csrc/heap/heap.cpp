@@ -161,6 +161,11 @@ void Heap::free_block(Block* block) {
 // Freed while other streams may still use it: back once the fences behind their work have passed.
 void Heap::retire(Block* block) {
     block->state = BlockState::retiring;
+    if (capture_order_ != nullptr && !block->segment->bin->arena->id.common()) {
+        for (const Stream stream : block->users) {
+            if (auto point = capture_order_->point_of(stream)) block->points.push_back(std::move(*point));
+        }
+    }
     retiring_.push_back(block);
     settle_passed(/*all=*/false);
 }
@@ -182,17 +187,30 @@ bool Heap::try_fence(Block& block, Stream stream) {
     return true;
 }
 
+// Users whose work the block's own stream runs after, by the order of the graph that both record.
+void Heap::drop_ordered_users(Block& block) {
+    if (capture_order_ == nullptr) return;
+    const Stream own = block.segment->bin->stream;
+    std::erase_if(block.points, [&](const CapturePoint& point) {
+        if (!capture_order_->runs_after(own, point)) return false;
+        std::erase(block.users, point.stream);
+        return true;
+    });
+}
+
 void Heap::settle_passed(bool all) {
     constexpr std::size_t glance = 2;  // the fast path looks at the oldest, and at the one that comes
     std::size_t looked = 0;
     std::size_t kept = 0;
     for (std::size_t i = 0; i < retiring_.size(); ++i) {
         Block* const block = retiring_[i];
-        if (all || looked < glance || i + 1 == retiring_.size()) {
+        if (all || looked < glance || i + 1 == retiring_.size() || !block->points.empty()) {
             ++looked;
+            drop_ordered_users(*block);
             std::erase_if(block->users, [&](const Stream& stream) { return try_fence(*block, stream); });
             std::erase_if(block->fences, [](const FencePtr& fence) { return fence->has_passed(); });
             if (block->users.empty() && block->fences.empty()) {
+                block->points.clear();
                 free_block(block);
                 continue;
             }

@@ -108,6 +108,10 @@ class Heap final : public IdleHolder {
     HeapOptions options() const;
     // Replaces the observer; null for none. It must outlive the heap or its replacement.
     void set_observer(HeapObserver* observer);
+    // By this, null for none, blocks of other arenas than the common one are reused within the graph that all of their
+    // streams record: once the streams have joined, and not only when the capture has ended. It must outlive the heap
+    // or its replacement.
+    void set_capture_order(CaptureOrder* order);
     // Told of pages, by their offsets in the pool, before they go back to it; under the heap's lock, so it must neither
     // call the heap nor wait for anything. To be set before the heap is shared between threads.
     void set_before_release(std::function<void(ByteRange)> told) { before_release_ = std::move(told); }
@@ -142,6 +146,7 @@ class Heap final : public IdleHolder {
     void free_block(Block* block);
     void retire(Block* block);
     bool try_fence(Block& block, Stream stream);
+    void drop_ordered_users(Block& block);
     void settle_passed(bool all);
     void wait_for_streams(Lock& lock);
     Arena& arena_for(ArenaId id);
@@ -213,6 +218,7 @@ class Heap final : public IdleHolder {
     mutable std::mutex mutex_;  // guards everything below
     HeapOptions options_;
     HeapObserver* observer_ = nullptr;
+    CaptureOrder* capture_order_ = nullptr;
     IntervalSet addresses_;  // free ones of the window
     std::map<ArenaId, std::unique_ptr<Arena>> arenas_;
     Arena* common_ = nullptr;

@@ -116,4 +116,9 @@ void Heap::set_observer(HeapObserver* observer) {
     observer_ = observer;
 }
 
+void Heap::set_capture_order(CaptureOrder* order) {
+    const Lock lock(mutex_);
+    capture_order_ = order;
+}
+
 }  // namespace elastikv

@@ -55,8 +55,13 @@ Bytes DeviceHeap::rounded(Bytes size) {
     return size;
 }
 
-// max_split_size may change at any time, and nobody tells.
+// Settings may change at any time, and nobody tells.
 void DeviceHeap::follow_settings() {
+    const bool reuse = reuse_in_captures();
+    if (reuse != reuses_in_captures_.load(std::memory_order_relaxed)) {
+        heap().set_capture_order(reuse ? &graph_order_ : nullptr);
+        reuses_in_captures_ = reuse;
+    }
     const Bytes wanted = max_split_size();
     if (wanted == max_split_size_.load(std::memory_order_relaxed)) return;
     HeapOptions options = heap().options();

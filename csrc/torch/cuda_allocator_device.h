@@ -11,6 +11,7 @@
 
 #include "shared/shared_memory_pool.h"
 #include "torch/allocation_history.h"
+#include "torch/graph_order.h"
 #include "torch/ipc_memory.h"
 #include "torch/model_heap.h"
 
@@ -99,9 +100,11 @@ class DeviceHeap {
     IpcMemory ipc_;
     AllocationHistory history_;
     PoolRoutes routes_;
+    GraphOrder graph_order_;
     std::atomic<double> fraction_{1.0};
     std::atomic<Bytes> allowed_{~Bytes{0}};
     std::atomic<Bytes> max_split_size_{~Bytes{0}};
+    std::atomic<bool> reuses_in_captures_{false};
     std::atomic<bool> retired_{false};
 };
 

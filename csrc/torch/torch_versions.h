@@ -384,6 +384,14 @@ inline std::size_t max_split_size() { return caching::CUDAAllocatorConfig::max_s
 inline std::size_t roundup_divisions(std::size_t size) {
     return caching::CUDAAllocatorConfig::roundup_power2_divisions(size);
 }
+template <typename Config>
+bool reuse_in_captures_of() {
+    if constexpr (requires { Config::graph_capture_record_stream_reuse(); }) {
+        return Config::graph_capture_record_stream_reuse();
+    }
+    return false;
+}
+inline bool reuse_in_captures() { return reuse_in_captures_of<caching::CUDAAllocatorConfig>(); }
 #pragma GCC diagnostic pop
 
 }  // namespace elastikv::torch

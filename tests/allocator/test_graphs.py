@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -75,6 +76,51 @@ def test_blocks_that_other_streams_use_in_a_capture() -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert bool((out == (value + 1) * 3 + 100).all())
+
+
+@pytest.fixture
+def reuse_in_captures() -> Iterator[None]:
+    setting = "graph_capture_record_stream_reuse"
+    try:
+        torch.cuda.memory._set_allocator_settings(f"{setting}:True")
+    except (RuntimeError, ValueError):
+        pytest.skip("this torch does not have the setting")
+    yield
+    torch.cuda.memory._set_allocator_settings(f"{setting}:False")
+
+
+@pytest.mark.needs("statistics")
+@pytest.mark.usefixtures("reuse_in_captures")
+def test_blocks_are_reused_within_a_capture_once_its_streams_have_joined() -> None:
+    sides = [torch.cuda.Stream() for _ in range(2)]
+    x = torch.zeros(1 << 20, device="cuda")
+    seen: list[tuple[int, int, int, int]] = []
+
+    def function() -> torch.Tensor:
+        here, y = torch.cuda.current_stream(), x + 1
+        address, parts = y.data_ptr(), []
+        for side in sides:
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                parts.append(y * 3)
+            y.record_stream(side)
+        del y
+        early = torch.full_like(x, 100.0)  # either may still read what y had
+        here.wait_stream(sides[0])
+        between = torch.full_like(x, 10.0)
+        here.wait_stream(sides[1])
+        late = torch.full_like(x, 1.0)
+        seen.append((address, early.data_ptr(), between.data_ptr(), late.data_ptr()))
+        return parts[0] + parts[1] + early + between + late
+
+    graph, out = capture(function)
+    address, early, between, late = seen[-1]
+    assert address not in (early, between) and late == address
+    for value in (1.0, 2.0):
+        x.fill_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert bool((out == (value + 1) * 6 + 111).all())
 
 
 @pytest.mark.needs("statistics")
