@@ -33,7 +33,8 @@ struct Block {
     BlockState state = BlockState::free;
     std::vector<Stream> users{};         // streams beside the segment's own
     std::vector<FencePtr> fences{};      // behind the work of those among them that have one yet
-    std::vector<CapturePoint> points{};  // where those that recorded a graph were when it was freed
+    std::uint64_t capture = 0;           // the graph that its stream recorded when it was handed out, if that is known
+    std::vector<CapturePoint> points{};  // where users that recorded that graph were when it was freed
     Note note{};
 
     bool is_free() const { return state == BlockState::free; }

@@ -86,6 +86,7 @@ Address Heap::try_allocate_cached(const HeapRequest& request) {
 Block* Heap::take(Arena& arena, const HeapRequest& request) {
     if (!retiring_.empty()) settle_passed(/*all=*/false);
     Bin& bin = arena.bin(request.stream, request.size > small_request);
+    if (capture_order_ != nullptr && !retiring_.empty()) settle_recorded(bin);
     Block* const block = bin.free.best_fit(request.size);
     if (block == nullptr || block->segment->elastic) return block;  // split to measure, however large
     // What is not split is not given away for much less than it holds.
@@ -97,6 +98,8 @@ Block* Heap::take(Arena& arena, const HeapRequest& request) {
 Address Heap::hand_out(Block* block, const HeapRequest& request) {
     remove_free(block);
     if (should_split(*block, request.size)) insert_free(split(block, request.size));
+    if (capture_order_ != nullptr && !request.arena.common())
+        block->capture = capture_order_->capture_of(request.stream);
     count_handed_out(block, request.requested, request.note);
     return block->address;
 }
@@ -154,6 +157,8 @@ void Heap::free_block(Block* block) {
     stats_.requested_bytes.decrease(large, block->requested);
     block->state = BlockState::free;
     block->requested = 0;
+    block->capture = 0;
+    block->points.clear();
     block->note.reset();
     insert_free(coalesce(block));
 }
@@ -163,7 +168,9 @@ void Heap::retire(Block* block) {
     block->state = BlockState::retiring;
     if (capture_order_ != nullptr && !block->segment->bin->arena->id.common()) {
         for (const Stream stream : block->users) {
-            if (auto point = capture_order_->point_of(stream)) block->points.push_back(std::move(*point));
+            auto point = block->capture == 0 ? std::nullopt : capture_order_->point_of(stream);
+            // What a user did before it recorded this graph only a fence can tell.
+            if (point && point->capture == block->capture) block->points.push_back(std::move(*point));
         }
     }
     retiring_.push_back(block);
@@ -187,13 +194,20 @@ bool Heap::try_fence(Block& block, Stream stream) {
     return true;
 }
 
-// Users whose work the block's own stream runs after, by the order of the graph that both record.
-void Heap::drop_ordered_users(Block& block) {
-    if (capture_order_ == nullptr) return;
-    const Stream own = block.segment->bin->stream;
-    std::erase_if(block.points, [&](const CapturePoint& point) {
-        if (!capture_order_->runs_after(own, point)) return false;
-        std::erase(block.users, point.stream);
+// Blocks of a bin whose stream has come, in the graph that it records, behind the work of all that used them. For
+// requests on that stream only: nobody else may look at the graph now.
+void Heap::settle_recorded(const Bin& bin) {
+    const auto waits = [&](const Block* block) { return block->segment->bin == &bin && !block->points.empty(); };
+    if (std::none_of(retiring_.begin(), retiring_.end(), waits) || !capture_order_->look(bin.stream)) return;
+    std::erase_if(retiring_, [&](Block* block) {
+        if (!waits(block)) return false;
+        std::erase_if(block->points, [&](const CapturePoint& point) {
+            if (!capture_order_->passed(point)) return false;
+            std::erase(block->users, point.stream);
+            return true;
+        });
+        if (!block->users.empty() || !block->fences.empty()) return false;
+        free_block(block);
         return true;
     });
 }
@@ -204,13 +218,11 @@ void Heap::settle_passed(bool all) {
     std::size_t kept = 0;
     for (std::size_t i = 0; i < retiring_.size(); ++i) {
         Block* const block = retiring_[i];
-        if (all || looked < glance || i + 1 == retiring_.size() || !block->points.empty()) {
+        if (all || looked < glance || i + 1 == retiring_.size()) {
             ++looked;
-            drop_ordered_users(*block);
             std::erase_if(block->users, [&](const Stream& stream) { return try_fence(*block, stream); });
             std::erase_if(block->fences, [](const FencePtr& fence) { return fence->has_passed(); });
             if (block->users.empty() && block->fences.empty()) {
-                block->points.clear();
                 free_block(block);
                 continue;
             }

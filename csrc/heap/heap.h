@@ -146,7 +146,7 @@ class Heap final : public IdleHolder {
     void free_block(Block* block);
     void retire(Block* block);
     bool try_fence(Block& block, Stream stream);
-    void drop_ordered_users(Block& block);
+    void settle_recorded(const Bin& bin);
     void settle_passed(bool all);
     void wait_for_streams(Lock& lock);
     Arena& arena_for(ArenaId id);

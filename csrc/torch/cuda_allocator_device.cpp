@@ -57,8 +57,9 @@ Bytes DeviceHeap::rounded(Bytes size) {
 
 // Settings may change at any time, and nobody tells.
 void DeviceHeap::follow_settings() {
-    const bool reuse = reuse_in_captures();
-    if (reuse != reuses_in_captures_.load(std::memory_order_relaxed)) {
+    if (reuse_in_captures() != reuses_in_captures_.load(std::memory_order_relaxed)) {
+        const std::lock_guard lock(reuse_mutex_);
+        const bool reuse = reuse_in_captures();
         heap().set_capture_order(reuse ? &graph_order_ : nullptr);
         reuses_in_captures_ = reuse;
     }

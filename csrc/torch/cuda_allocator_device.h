@@ -104,7 +104,8 @@ class DeviceHeap {
     std::atomic<double> fraction_{1.0};
     std::atomic<Bytes> allowed_{~Bytes{0}};
     std::atomic<Bytes> max_split_size_{~Bytes{0}};
-    std::atomic<bool> reuses_in_captures_{false};
+    std::mutex reuse_mutex_;                       // held while that is changed
+    std::atomic<bool> reuses_in_captures_{false};  // whether the heap has graph_order_
     std::atomic<bool> retired_{false};
 };
 

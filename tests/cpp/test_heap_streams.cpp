@@ -1,7 +1,4 @@
 // Blocks that change hands between streams, on a device whose work lags.
-#include <map>
-#include <set>
-
 #include "support/heap_fixture.h"
 
 namespace elastikv::testing {
@@ -56,83 +53,6 @@ TEST_CASE("heap: a block of a stream that captures is held until it can be fence
     CHECK(at.get(4 * KiB, 1) != block);  // fenced now, behind its work
     at.lagging->advance({2}, 10);
     CHECK(at.get(4 * KiB, 1) == block);
-    at.finish();
-}
-
-// Streams that record a graph, by the numbers of the nodes that they are at; nodes come after all of smaller numbers.
-struct LineOfNodes final : CaptureOrder {
-    std::map<std::uintptr_t, std::uintptr_t> at;
-    std::map<std::uintptr_t, std::uint64_t> capture;
-
-    std::optional<CapturePoint> point_of(Stream stream) noexcept override {
-        if (!at.contains(stream.value)) return std::nullopt;
-        return CapturePoint{stream, capture[stream.value], {reinterpret_cast<const void*>(at[stream.value])}};
-    }
-    bool runs_after(Stream stream, const CapturePoint& point) noexcept override {
-        if (!at.contains(stream.value) || capture[stream.value] != point.capture) return false;
-        return at[stream.value] >= reinterpret_cast<std::uintptr_t>(point.nodes.at(0));
-    }
-};
-
-TEST_CASE("heap: a block that streams of one capture used is reused once they have joined", "[heap][streams]") {
-    HeapFixture at({.lags = true});
-    LineOfNodes order;
-    at.heap->set_capture_order(&order);
-    at.heap->use_arena(graph_arena);
-    const auto get = [&](std::uintptr_t stream, ArenaId arena) { return at.get(4 * KiB, stream, arena); };
-    for (const std::uintptr_t stream : {1U, 2U, 3U}) {
-        at.faults->set_capturing({stream}, true);
-        order.at[stream] = stream;
-        order.capture[stream] = 5;
-    }
-    const Address block = get(1, graph_arena), outside = get(1, {});
-    const std::vector<Address> more{get(1, graph_arena), get(1, graph_arena), get(1, graph_arena)};
-    for (const Address each : {block, outside}) {
-        at.heap->record_stream(each, {2});
-        at.heap->record_stream(each, {3});
-        at.heap->free(each);
-    }
-    CHECK(get(1, graph_arena) != block);
-    order.at[1] = 2;  // behind the one, not yet behind the other
-    CHECK(get(1, graph_arena) != block);
-    SECTION("and behind the other") {
-        order.at[1] = 3;
-        CHECK(get(1, graph_arena) == block);
-        CHECK(get(1, {}) != outside);  // which no graph owns
-        at.faults->set_capturing({2}, false);
-        at.faults->set_capturing({3}, false);
-        CHECK(get(1, {}) == outside);
-    }
-    SECTION("however late it was freed") {
-        order.at[1] = 4;
-        for (const Address each : more) {
-            at.heap->record_stream(each, {2});
-            order.at[2] = 9;
-            at.heap->free(each);
-        }
-        const Address first = get(1, graph_arena);
-        CHECK(first == block);
-        order.at[1] = 9;
-        std::set<Address> again{get(1, graph_arena), get(1, graph_arena), get(1, graph_arena)};
-        CHECK(again == std::set<Address>(more.begin(), more.end()));
-    }
-    SECTION("but not in another capture") {
-        order.at[1] = 9;
-        order.capture[1] = 6;
-        CHECK(get(1, graph_arena) != block);
-        for (const std::uintptr_t stream : {1U, 2U, 3U}) order.at.erase(stream);
-        CHECK(get(1, graph_arena) != block);
-        at.faults->set_capturing({2}, false);
-        at.faults->set_capturing({3}, false);
-        CHECK(get(1, graph_arena) == block);
-    }
-    SECTION("nor where it is not asked for") {
-        at.heap->set_capture_order(nullptr);
-        order.at[1] = 9;
-        CHECK(get(1, graph_arena) != block);
-    }
-    CHECK(at.heap->check().empty());
-    for (const std::uintptr_t stream : {1U, 2U, 3U}) at.faults->set_capturing({stream}, false);
     at.finish();
 }
 
