@@ -11,6 +11,16 @@ MIB = 1 << 20
 GROUPS = {"pair": ("two engines", "halves"), "trio": ("three engines", "thirds")}
 WAYS = {"static": "tab:gray", "elastic": "tab:green"}
 IN_TIME = 0.99  # of all requests, where a load is served within the SLO
+# Of one engine: as what is found is called, as the table calls it, its unit, and its form there.
+FIGURES = (
+    ("tokens_per_second", "tokens a second", 1, "{:,.0f}"),
+    ("gap_p50_ms", "between tokens, p50 of the median round", 1, "{:.2f} ms"),
+    ("gap_p99_ms", "between tokens, p99 of the median round", 1, "{:.2f} ms"),
+    ("gap_p99_of_all_ms", "between tokens, p99 of all rounds", 1, "{:.2f} ms"),
+    ("startup_s", "until it can serve, kernels compiled before", 1, "{:.1f} s"),
+    ("idle_bytes", "KV memory before the first request", MIB, "{:,.0f} MiB"),
+    ("after_burst_bytes", "KV memory after a burst, prefixes kept", MIB, "{:,.0f} MiB"),
+)
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -101,8 +111,7 @@ def _ratio(both: list[float]) -> float:
 
 
 def _print_figures(one: dict[str, Any]) -> None:
-    for name, unit in (("tokens_per_second", 1), ("gap_p50_ms", 1), ("gap_p99_ms", 1), ("gap_p99_of_all_ms", 1),
-                       ("startup_s", 1), ("idle_bytes", MIB), ("after_burst_bytes", MIB)):  # fmt: skip
+    for name, _, unit, _ in FIGURES:
         if name not in one:
             continue
         plain, elastic = one[name]
@@ -163,8 +172,8 @@ def print_tables(result: dict[str, Any]) -> None:
 
 def _print_steps(steps: dict[str, Any]) -> None:
     for name, found in steps.items():
-        *_, p50, p90, p99 = shares = found["step_ms"]
-        print(f"a decode step, {name}: p10 {shares[0]:.3f} ms, p50 {p50:.3f}, p90 {p90:.3f}, p99 {p99:.3f}")
+        p10, p50, p90, p99 = found["step_ms"]
+        print(f"a decode step, {name}: p10 {p10:.3f} ms, p50 {p50:.3f}, p90 {p90:.3f}, p99 {p99:.3f}")
         made = found["driver_calls"].items()
         calls = ", ".join(f"{call} {each:.2f} ({us:.1f} us)" for call, (each, us) in made if each)
         if calls:
@@ -186,17 +195,6 @@ def _print_steps(steps: dict[str, Any]) -> None:
     for kernel in longest:
         cells = [found.get(kernel, [0.0, 0.0]) for found in kernels.values()]
         print(f"    {kernel[:60]:60}" + "".join(f"{cell[0]:8.1f}{cell[1]:8.1f} us" for cell in cells))
-
-
-FIGURES = (
-    ("tokens_per_second", "tokens a second", 1, "{:,.0f}"),
-    ("gap_p50_ms", "between tokens, p50 of the median round", 1, "{:.2f} ms"),
-    ("gap_p99_ms", "between tokens, p99 of the median round", 1, "{:.2f} ms"),
-    ("gap_p99_of_all_ms", "between tokens, p99 of all rounds", 1, "{:.2f} ms"),
-    ("startup_s", "until it can serve, kernels compiled before", 1, "{:.1f} s"),
-    ("idle_bytes", "KV memory before the first request", MIB, "{:,.0f} MiB"),
-    ("after_burst_bytes", "KV memory after a burst, prefixes kept", MIB, "{:,.0f} MiB"),
-)
 
 
 def _rows(one: dict[str, Any]) -> list[str]:

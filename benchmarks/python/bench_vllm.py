@@ -64,10 +64,8 @@ ENGINES = {"pair": ("a", "b"), "trio": ("a", "b", "c")}
 SPAN = 12.0  # seconds in which requests come; an equal part of them is the peak of each engine
 REST = 3.0  # seconds more to serve them
 SLO = 0.5  # seconds to the first token
-STARTS = {
-    "single": 3,
-    "large": 2,
-}  # pairs of engines: on which cores one comes to run, and where its memory lies, is chance
+# Pairs of engines: on which cores one comes to run, and where its memory lies, is chance.
+STARTS = {"single": 3, "large": 2}
 ROUNDS = {"single": 5, "large": 4}  # by each engine of a pair
 FILLING = 9  # rounds until all memory is in use, by answers or by what is kept of their prefixes
 STEADY = {"requests": 128, "prompt": 512, "n": 256}  # a round
@@ -186,7 +184,7 @@ class Bench:
         part = "steps-elastic" if elastic else "steps-plain"
         tasks = [{"do": "steady", "seed": n, **STEADY} for n in range(FILLING)]
         tasks += [{"do": "steps", **STEADY, "count": 100, "profile": 30}]
-        self.finish(part, one=self.start(part, "one", tasks, elastic, {"gpu_memory_utilization": 0.4}))
+        self.finish(part, one=self.start(part, "one", tasks, elastic, ALONE))
 
     def sleep(self) -> None:
         tasks = [{"do": "sleep", "requests": 64, "prompt": 512, "n": 128}]
@@ -244,7 +242,7 @@ class Bench:
             "other_served": sum(first is not None for first in other["first"]),
             "other_asked": len(later),
         }
-        (self.work / "kill.json").write_text(json.dumps(result))
+        self.keep(part, result)
 
 
 def arrivals(load: float, which: int, engines: int, seed: int) -> list[tuple[float, int, int]]:

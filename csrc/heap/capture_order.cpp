@@ -7,12 +7,8 @@
 namespace elastikv {
 
 std::uint64_t CaptureOrder::capture_of(Stream stream) noexcept {
-    try {
-        const auto place = place_of(stream);
-        return place ? place->capture : 0;
-    } catch (const std::exception&) {  // out of host memory
-        return 0;
-    }
+    const auto point = point_of(stream);
+    return point ? point->capture : 0;
 }
 
 std::optional<CapturePoint> CaptureOrder::point_of(Stream stream) noexcept {
@@ -20,7 +16,7 @@ std::optional<CapturePoint> CaptureOrder::point_of(Stream stream) noexcept {
         auto place = place_of(stream);
         if (!place) return std::nullopt;
         return CapturePoint{stream, place->capture, std::move(place->nodes)};
-    } catch (const std::exception&) {
+    } catch (const std::exception&) {  // out of host memory
         return std::nullopt;
     }
 }
@@ -34,12 +30,9 @@ bool CaptureOrder::look(Stream stream) noexcept {
             return false;
         }
         if (!place->strictly) return false;
-        const auto known = before_.find(stream.value);
-        if (known == before_.end() || known->second.capture != place->capture) {
-            std::erase_if(before_, [&](const auto& each) { return each.second.capture != place->capture; });
-            before_[stream.value].capture = place->capture;
-        }
+        std::erase_if(before_, [&](const auto& each) { return each.second.capture != place->capture; });
         Before& before = before_[stream.value];
+        before.capture = place->capture;
         if (before.unsure) return false;
         before.unsure = true;  // unless this comes to its end
         std::vector<const void*> left = std::move(place->nodes);

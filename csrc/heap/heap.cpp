@@ -98,8 +98,9 @@ Block* Heap::take(Arena& arena, const HeapRequest& request) {
 Address Heap::hand_out(Block* block, const HeapRequest& request) {
     remove_free(block);
     if (should_split(*block, request.size)) insert_free(split(block, request.size));
-    if (capture_order_ != nullptr && !request.arena.common())
+    if (capture_order_ != nullptr && !request.arena.common()) {
         block->capture = capture_order_->capture_of(request.stream);
+    }
     count_handed_out(block, request.requested, request.note);
     return block->address;
 }
@@ -166,9 +167,9 @@ void Heap::free_block(Block* block) {
 // Freed while other streams may still use it: back once the fences behind their work have passed.
 void Heap::retire(Block* block) {
     block->state = BlockState::retiring;
-    if (capture_order_ != nullptr && !block->segment->bin->arena->id.common()) {
+    if (capture_order_ != nullptr && block->capture != 0) {
         for (const Stream stream : block->users) {
-            auto point = block->capture == 0 ? std::nullopt : capture_order_->point_of(stream);
+            auto point = capture_order_->point_of(stream);
             // What a user did before it recorded this graph only a fence can tell.
             if (point && point->capture == block->capture) block->points.push_back(std::move(*point));
         }

@@ -93,9 +93,8 @@ class Rotary:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if (
-            torch.is_grad_enabled() or not q.shape[-1] == k.shape[-1] == cos.shape[-1]
-        ):  # only a part of a head is turned
+        whole = q.shape[-1] == k.shape[-1] == cos.shape[-1]  # else only a part of a head is turned
+        if torch.is_grad_enabled() or not whole:
             return self.original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)  # type: ignore[no-any-return]
         if unsqueeze_dim == 1 and q.shape[2] == 1 and q.dtype == cos.dtype == sin.dtype and kernels.serve(q):
             return _core.fused_rotate(q, k, cos, sin)
@@ -190,13 +189,8 @@ def _fused_angles(module: Any, like: torch.Tensor) -> Forward | None:
     def forward(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         frequencies: torch.Tensor = module.inv_freq
         fits = frequencies.dtype == torch.float32 and frequencies.device == x.device == position_ids.device
-        if (
-            torch.is_grad_enabled()
-            or not fits
-            or position_ids.ndim != 2
-            or position_ids.dtype != torch.int64
-            or not kernels.serve(x)
-        ):
+        fits = fits and position_ids.ndim == 2 and position_ids.dtype == torch.int64
+        if torch.is_grad_enabled() or not fits or not kernels.serve(x):
             return original(module, x, position_ids)  # type: ignore[no-any-return]
         return _core.fused_angles(position_ids, frequencies, module.attention_scaling, x.dtype)
 
