@@ -103,7 +103,6 @@ void* DeviceProgram::module_here() {
     CUcontext context = nullptr;
     require(cuda.cuCtxGetCurrent_(&context), "which context is current");
     if (context == nullptr) throw DeviceUnavailable("no CUDA context is current in this thread");
-    const std::lock_guard lock(mutex_);
     void*& kept = modules_[context];
     if (kept == nullptr) {
         CUdevice device = 0;
@@ -130,11 +129,11 @@ void* DeviceProgram::module_here() {
 }
 
 void DeviceProgram::launch(const char* kernel, const Launch& how, void** arguments) {
-    void* const module = module_here();
     const CudaSymbols& cuda = driver();
     void* function = nullptr;
     {
         const std::lock_guard lock(mutex_);
+        void* const module = module_here();
         void*& kept = functions_[{module, kernel}];
         if (kept == nullptr) {
             CUfunction found = nullptr;
@@ -152,7 +151,7 @@ void DeviceProgram::launch(const char* kernel, const Launch& how, void** argumen
 
 void* DeviceProgram::module_here() { throw DeviceUnavailable("built without CUDA: there is no cuda.h"); }
 
-void DeviceProgram::launch(const char*, const Launch&, void**) { (void)module_here(); }
+void DeviceProgram::launch(const char*, const Launch&, void**) { load(); }
 
 #endif
 

@@ -32,7 +32,10 @@ class DeviceProgram {
     DeviceProgram& operator=(const DeviceProgram&) = delete;
 
     // For the calling thread's current context.
-    void load() { (void)module_here(); }
+    void load() {
+        const std::lock_guard lock(mutex_);
+        (void)module_here();
+    }
     // Enqueues a kernel in that context. `arguments` points to the value of each argument.
     void launch(const char* kernel, const Launch& how, void** arguments);
 
@@ -40,7 +43,7 @@ class DeviceProgram {
     std::string compile(int major, int minor) const;
 
   private:
-    void* module_here();
+    void* module_here();  // with the lock held
 
     const std::string source_;
     const std::vector<std::string> options_;

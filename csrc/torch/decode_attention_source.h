@@ -181,9 +181,15 @@ extern "C" __global__ void __launch_bounds__(warps * 32, 3)
 // A block a row and query head, COMBINING threads an element: each takes every so many part, of up to MOST_SPLITS.
 extern "C" __global__ void combine(const float* sums, const float* bounds, Element* out, int splits) {
     __shared__ float weights[MOST_SPLITS], total, results[COMBINING][DIM];
-    constexpr int turns = MOST_SPLITS / 32;
+    constexpr int turns = MOST_SPLITS / 32, each = MOST_SPLITS / COMBINING;
     const long long first = static_cast<long long>(blockIdx.x) * splits;
     const int element = threadIdx.x % DIM, share = threadIdx.x / DIM;
+    float parts[each];  // on their way while the weights are found
+#pragma unroll
+    for (int k = 0; k < each; ++k) {
+        const int s = share + k * COMBINING;
+        parts[k] = s < splits ? sums[(first + s) * DIM + element] : 0;
+    }
     if (threadIdx.x < 32) {
         const int lane = threadIdx.x;
         float mine[turns], sum[turns];
@@ -206,8 +212,8 @@ extern "C" __global__ void combine(const float* sums, const float* bounds, Eleme
     }
     __syncthreads();
     float result = 0;
-#pragma unroll 8
-    for (int s = share; s < splits; s += COMBINING) result += sums[(first + s) * DIM + element] * weights[s];
+#pragma unroll
+    for (int k = 0; k < each; ++k) result += parts[k] * weights[share + k * COMBINING];
     results[share][element] = result;
     __syncthreads();
     if (share > 0) return;

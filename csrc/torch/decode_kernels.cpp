@@ -5,6 +5,7 @@
 #if ELASTIKV_TORCH_CUDA
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 
 #include <algorithm>
 #include <array>
@@ -55,12 +56,14 @@ void launch_store(const at::Tensor& key_window, const at::Tensor& value_window, 
 }
 
 // Whether a tensor of a dtype that is served finds them on its device. Remembered where it does, as it is asked once a
-// layer and step; a refusal may pass.
+// layer and step; a refusal may pass. A capture may load nothing: what ran before it decides.
 bool there_are(const at::Tensor& like) {
     static std::array<std::array<std::atomic<bool>, 2>, C10_COMPILE_TIME_MAX_GPUS> known{};
     const bool half = like.scalar_type() == at::kHalf;
     std::atomic<bool>& answer = known[static_cast<std::size_t>(like.get_device())][half ? 1 : 0];
-    if (!answer) answer = why_no_decode_kernels(like.device(), like.scalar_type()).empty();
+    if (!answer && c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None) {
+        answer = why_no_decode_kernels(like.device(), like.scalar_type()).empty();
+    }
     return answer;
 }
 
