@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 Bar = tuple[str, float, float, bool]
+LABELS = {"later": "resume, 0.3 s later"}
 WAYS = (("pause", "pause_ratio", "copy_out"), ("resume", "resume_ratio", "copy_back"))
+
+
+def all_ways(result: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    later = (("later", "later_ratio", "copy_back"),) if "later" in result else ()
+    return (*WAYS, *later)
 
 
 def bars(result: dict[str, Any]) -> list[Bar]:
@@ -19,9 +25,9 @@ def bars(result: dict[str, Any]) -> list[Bar]:
 
 def print_tables(result: dict[str, Any]) -> None:
     print(f"{result['bytes'] / 2**30:.3g} GiB on {result['device']}")
-    for name, ratio, plain in WAYS:
+    for name, ratio, plain in all_ways(result):
         print(
-            f"{name:>24} {result[name] / 1e9:8.1f} GB/s   plain copy {result[plain] / 1e9:8.1f} GB/s   "
+            f"{LABELS.get(name, name):>24} {result[name] / 1e9:8.1f} GB/s   plain copy {result[plain] / 1e9:8.1f} GB/s   "
             f"ratio {result[ratio]:.3f}"
         )
     print(f"{'pause without a backup':>24} {result['forget_ms_per_gib']:8.3f} ms/GiB")
@@ -31,9 +37,11 @@ def print_tables(result: dict[str, Any]) -> None:
 
 def markdown(result: dict[str, Any]) -> str:
     text = [f"| {result['bytes'] / 2**30:.3g} GiB | with a backup | pinned copy | without |", "|---|---:|---:|---:|"]
-    for (name, ratio, plain), rest in zip(WAYS, ("forget_ms_per_gib", "remake_ms_per_gib")):
+    without = {"pause": "forget_ms_per_gib", "resume": "remake_ms_per_gib"}
+    for name, ratio, plain in all_ways(result):
+        rest = f"{result[without[name]]:.2f} ms a GiB" if name in without else ""
         text.append(
-            f"| {name} | {result[name] / 1e9:.1f} GB/s ({result[ratio]:.3f} x) | {result[plain] / 1e9:.1f} GB/s | "
-            f"{result[rest]:.2f} ms a GiB |"
+            f"| {LABELS.get(name, name)} | {result[name] / 1e9:.1f} GB/s ({result[ratio]:.3f} x) | "
+            f"{result[plain] / 1e9:.1f} GB/s | {rest} |"
         )
     return "\n".join(text)

@@ -19,6 +19,7 @@ struct VirtualMemoryPool::Waking {
     std::vector<Item> items;
     std::vector<Extent> fresh;
     std::vector<Extent> aliases;
+    bool copying = false;
 };
 
 Bytes VirtualMemoryPool::resume(const std::vector<ByteRange>& parts, const WaitOptions* wait) {
@@ -58,8 +59,7 @@ Bytes VirtualMemoryPool::try_resume(const std::vector<ByteRange>& parts, Grant* 
     }
     const Bytes before = table_.totals().physical();
     if (const Bytes lacking = try_make(waking, grant); lacking > 0) return lacking;
-    if (const Status status = try_fill(lock, waking); !status.ok()) {
-        (void)driver_->synchronize();
+    if (const Status status = try_wait_until_filled(lock, waking); !status.ok()) {
         undo(waking);
         throw CudaError(status, "copying what was paused back; its backup is kept");
     }
@@ -87,7 +87,8 @@ Bytes VirtualMemoryPool::try_resume(const std::vector<ByteRange>& parts, Grant* 
     return 0;
 }
 
-// Memory for all runs, mapped but not filled; or none, and then the answer is the bytes that were lacking.
+// Memory for all runs, mapped and about to be filled; or none, and then the answer is the bytes that were lacking. Each
+// run's copies begin before the next one's memory is made, so that the driver's calls cost no time of their own.
 Bytes VirtualMemoryPool::try_make(Waking& waking, Grant* grant) {
     Bytes missing = 0;
     std::map<const Backup*, std::size_t> first;
@@ -121,10 +122,14 @@ Bytes VirtualMemoryPool::try_make(Waking& waking, Grant* grant) {
         table_.for_each_extent(item.run.pages, [&](Extent& kept) {  // that could not be given back
             if (status.ok()) status = kept.mapping->try_make_accessible();
         });
+        if (status.ok()) status = try_copy_back(waking, item.run);
         if (status.ok()) continue;
         undo(waking);
         if (status.code == StatusCode::out_of_memory && status.call == DriverCall::create) return missing;
         if (status.call == DriverCall::create) throw CudaError(status, "making memory for what was paused");
+        if (status.call == DriverCall::transfer) {
+            throw CudaError(status, "copying what was paused back; its backup is kept");
+        }
         throw MappingFailed(status, item.run.pages);
     }
     bool zeroed = false;
@@ -155,7 +160,22 @@ void VirtualMemoryPool::map_shared(Waking& waking) {
     }
 }
 
-Status VirtualMemoryPool::try_fill(std::unique_lock<std::mutex>& lock, Waking& waking) noexcept {
+Status VirtualMemoryPool::try_copy_back(Waking& waking, const DormantRun& run) noexcept {
+    Address to = base_address() + run.pages.begin;
+    for (const Backup::Piece& piece : run.backup->pieces) {
+        waking.copying = true;
+        const Status status = driver_->transfer(to, piece.buffer->address() + piece.offset, piece.size);
+        if (!status.ok()) return status;
+        to += piece.size;
+    }
+    return Status::success();
+}
+
+Status VirtualMemoryPool::try_wait_until_filled(std::unique_lock<std::mutex>& lock, Waking& waking) noexcept {
+    const bool scrubbing =
+        options_.scrub_fresh && std::any_of(waking.fresh.begin(), waking.fresh.end(),
+                                            [](const Extent& extent) { return !extent.clean.empty(); });
+    if (!waking.copying && !scrubbing) return Status::success();
     // Extents that neighbours kept: these may leave them while the lock is not held.
     const auto hold = [&](bool held) {
         for (const Waking::Item& item : waking.items) {
@@ -163,31 +183,14 @@ Status VirtualMemoryPool::try_fill(std::unique_lock<std::mutex>& lock, Waking& w
         }
     };
     hold(true);
-    const Status status = try_copy_back(lock, waking);
+    const Status status = try_wait_for_copies(lock, scrubbing);
     hold(false);
+    if (status.ok()) waking.copying = false;
     return status;
 }
 
-Status VirtualMemoryPool::try_copy_back(std::unique_lock<std::mutex>& lock, Waking& waking) noexcept {
-    bool copying = false;
-    for (const Waking::Item& item : waking.items) {
-        if (item.shares) continue;
-        Address to = base_address() + item.run.pages.begin;
-        for (const Backup::Piece& piece : item.run.backup->pieces) {
-            copying = true;
-            const Status status = driver_->transfer(to, piece.buffer->address() + piece.offset, piece.size);
-            if (!status.ok()) return status;
-            to += piece.size;
-        }
-    }
-    const bool scrubbing =
-        options_.scrub_fresh && std::any_of(waking.fresh.begin(), waking.fresh.end(),
-                                            [](const Extent& extent) { return !extent.clean.empty(); });
-    return copying || scrubbing ? try_wait_for_copies(lock, scrubbing) : Status::success();
-}
-
-// Nothing copies or scrubs any more, but for scrubbing that undo(fresh) waits for.
 void VirtualMemoryPool::undo(Waking& waking) noexcept {
+    if (waking.copying) (void)driver_->synchronize();
     for (Extent& extent : waking.aliases) discard(std::move(extent));
     waking.aliases.clear();
     for (Extent& extent : waking.fresh) {

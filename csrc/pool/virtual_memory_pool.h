@@ -330,8 +330,8 @@ class VirtualMemoryPool {
     Bytes try_resume(const std::vector<ByteRange>& parts, Grant* grant, Bytes& made);
     Bytes try_make(Waking& waking, Grant* grant);
     void map_shared(Waking& waking);
-    Status try_fill(std::unique_lock<std::mutex>& lock, Waking& waking) noexcept;
-    Status try_copy_back(std::unique_lock<std::mutex>& lock, Waking& waking) noexcept;
+    Status try_copy_back(Waking& waking, const DormantRun& run) noexcept;
+    Status try_wait_until_filled(std::unique_lock<std::mutex>& lock, Waking& waking) noexcept;
     void undo(Waking& waking) noexcept;
     Status try_wait_for_copies(std::unique_lock<std::mutex>& lock, bool scrubbing) noexcept;
 
