@@ -26,10 +26,8 @@ def bars(result: dict[str, Any]) -> list[Bar]:
 def print_tables(result: dict[str, Any]) -> None:
     print(f"{result['bytes'] / 2**30:.3g} GiB on {result['device']}")
     for name, ratio, plain in all_ways(result):
-        print(
-            f"{LABELS.get(name, name):>24} {result[name] / 1e9:8.1f} GB/s   plain copy {result[plain] / 1e9:8.1f} GB/s   "
-            f"ratio {result[ratio]:.3f}"
-        )
+        rates = f"{result[name] / 1e9:8.1f} GB/s   plain copy {result[plain] / 1e9:8.1f} GB/s"
+        print(f"{LABELS.get(name, name):>24} {rates}   ratio {result[ratio]:.3f}")
     print(f"{'pause without a backup':>24} {result['forget_ms_per_gib']:8.3f} ms/GiB")
     print(f"{'resume without a backup':>24} {result['remake_ms_per_gib']:8.3f} ms/GiB")
     print(f"{'pinning, the first time':>24} {result['pinning_s_per_gib']:8.3f} s/GiB")

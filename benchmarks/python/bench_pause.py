@@ -4,11 +4,11 @@
     benchmarks/python/bench_pause.py [--device cuda:0] [--gib 8] [--json FILE]
 
 The model holds half of the bytes as one tensor, as weights are, and half as a cache that grew in steps of 64 MiB. Rows:
-GB/s of plain copies out and back in the same run, of pause(), of resume() at once and 0.3 s later with a backup, and their
-ratios (right after memory has gone back a plain copy, too, takes a tenth longer for a while); milliseconds
-a GiB of both without a backup; seconds a GiB that pinning takes the first time. Of each the median of a few rounds
-counts. On a GPU it fails where a bar is missed: 90 % of the plain copy's rate each way, and 1 ms a GiB for a resume
-without a backup.
+GB/s of plain copies out and back in the same run, of pause(), of resume() at once and 0.3 s later with a backup, and
+their ratios (right after memory has gone back a plain copy, too, takes a tenth longer for a while); milliseconds a GiB
+of both without a backup; seconds a GiB that pinning takes the first time. Of each the median of a few rounds counts.
+On a GPU it fails where a bar is missed: 90 % of the plain copy's rate each way, and 1 ms a GiB for a resume without a
+backup.
 """
 
 from __future__ import annotations
