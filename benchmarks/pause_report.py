@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 Bar = tuple[str, float, float, bool]
-LABELS = {"later": "resume, 0.3 s later"}
+LABELS = {"at_once": "resume, at once"}
 WAYS = (("pause", "pause_ratio", "copy_out"), ("resume", "resume_ratio", "copy_back"))
 
 
 def all_ways(result: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
-    later = (("later", "later_ratio", "copy_back"),) if "later" in result else ()
-    return (*WAYS, *later)
+    at_once = (("at_once", "at_once_ratio", "copy_at_once"),) if "at_once" in result else ()
+    return (*WAYS, *at_once)
 
 
 def bars(result: dict[str, Any]) -> list[Bar]:

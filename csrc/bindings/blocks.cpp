@@ -212,11 +212,12 @@ must outlive the pool. Raises InvalidArgument for a block that is not held (a do
                 blocks.pool().expect(n, refill);
             },
             arg("n"), py::kw_only(), arg("refill") = true,
-            R"(n blocks are about to be asked for: their extents are mapped in the background, as far as ahead_bytes allow.
+            R"(n blocks are about to be asked for: their extents are mapped in the background.
 
 Without waiting, and nobody is asked for memory. They stay until they are taken or a later call says less; 0 when nothing
 is expected any more. Called between steps, with 0 too, it has what was taken of ahead_bytes mapped anew a little at a
-time, unless refill is false; else that waits until little is left, and then holds up who allocates.)")
+time, unless refill is false. Who never calls it has that while he allocates, once little is left, and is held up by it.
+Without ahead_bytes it does nothing.)")
         .def("layer", &layer, arg("index"),
              R"([num_blocks, *block_shape]: one layer's part of every block, strided, at addresses that never change.
 

@@ -60,7 +60,7 @@ void VirtualMemoryPool::settle_passed(bool on_worker) {
 // in use.
 Bytes VirtualMemoryPool::park_limit() const {
     if (budget_ && (budget_->in_demand() || budget_->over_limit())) return 0;
-    return std::max(park_limit_, std::min(spare_, std::max(expected_, table_.totals().used / used_for_spare)));
+    return std::max({park_limit_, expected_, std::min(spare_, table_.totals().used / used_for_spare)});
 }
 
 void VirtualMemoryPool::add_spare(Bytes bytes) {

@@ -132,8 +132,8 @@ class VirtualMemoryPool {
     // limit: spare memory for an owner that grows and shrinks all the time. Callers add up; each removes what it added.
     void add_spare(Bytes bytes);
     void remove_spare(Bytes bytes) noexcept;
-    // The same for `now` bytes, instead of `before` until now, that are about to be wanted: of what is spare so much
-    // stays whatever is in use.
+    // The same for `now` bytes, instead of `before` until now, that are about to be wanted: so much stays parked
+    // whatever is in use and spare.
     void expect(Bytes before, Bytes now) noexcept;
     // Maps each of the parts, whole pages, as one extent on the worker's thread, as far as what may be parked allows;
     // it is parked then as any other. A hint, as prefetch is. Throws InvalidSize, InvalidOffset, ModelPaused.

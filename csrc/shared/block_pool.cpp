@@ -125,8 +125,8 @@ Bytes BlockPool::try_take(std::span<BlockId> out, std::uint64_t whole_extents, c
         for (std::uint64_t i = 0; i < whole_extents; ++i) out = out.subspan(map_.take_from(extents[i], out));
     }
     map_.take(out);
-    // Late, as the driver's calls hold up those who ask for more meanwhile: expect() does it between steps.
-    if (missing > 0 && ahead_ > 0) map_ahead(ahead_, few_ahead);
+    // Late, as the driver's calls hold up those who ask for more meanwhile; who calls expect() has a better moment.
+    if (missing > 0 && ahead_ > 0 && !told_) map_ahead(ahead_, few_ahead);
     return 0;
 }
 
@@ -296,10 +296,11 @@ void BlockPool::expect(std::uint64_t blocks, bool refill) {
     const std::lock_guard lock(mutex_);
     require_open();
     if (ahead_ == 0) return;
+    told_ = true;
     const std::uint64_t per = layout_.blocks_per_extent();
     const std::uint64_t lacking =
         std::min(blocks > map_.free_mapped() ? blocks - map_.free_mapped() : 0, map_.free_unmapped());
-    set_expected(std::min(ahead_, (lacking + per - 1) / per));
+    set_expected((lacking + per - 1) / per);
     map_ahead(refill ? ahead_a_turn : 0, 1);
 }
 

@@ -87,10 +87,10 @@ class BlockPool {
     // has room for them beside what is parked here. Others may take that room first.
     std::uint64_t available() const;
 
-    // So many blocks are about to be asked for: their extents are mapped in the background, as far as `ahead` and the
-    // budget allow, and stay parked until they are taken or a later call says less. Who calls this between steps, with
-    // 0 too, has what was taken of `ahead` mapped anew a little at a time, and not while he allocates: the driver's
-    // calls hold up both. A hint. Throws PoolClosed.
+    // So many blocks are about to be asked for: their extents are mapped in the background, as far as the budget
+    // allows, and stay parked until they are taken or a later call says less. Who calls this between steps, with 0 too,
+    // has what was taken of `ahead` mapped anew then, a little at a time, and from the first call on never while he
+    // allocates: the driver's calls hold up both. A hint, and nothing where `ahead` is 0. Throws PoolClosed.
     void expect(std::uint64_t blocks, bool refill = true);
 
     BlockStats stats() const;
@@ -134,6 +134,7 @@ class BlockPool {
     std::uint64_t epoch_ = 0;
     std::uint64_t expected_ = 0;  // extents
     std::uint64_t on_demand_ = 0;
+    bool told_ = false;  // somebody says what he expects
     bool closed_ = false;
 };
 

@@ -98,6 +98,20 @@ def launched(scheduler: Any) -> None:
     pool.expect(upcoming)
 
 
+def announces(original: Function) -> Function:
+    """An idle engine's first step has no step before it in which its memory could be made ready: it is while requests
+    come in."""
+
+    def add(self: Any, *args: Any, **options: Any) -> Any:
+        result = original(self, *args, **options)
+        pool = elastic_pool(self)
+        if pool is not None and not self.running:
+            pool.expect(upcoming_blocks(self))
+        return result
+
+    return add
+
+
 @contextlib.contextmanager
 def nothing_planned(scheduler: Any) -> Iterator[None]:
     """vLLM's own pauses let running requests go on."""

@@ -123,6 +123,7 @@ PATCHES = (
         scheduler.free_copied,
         since=(0, 26),
     ),
+    Patch(_SCHEDULER, "Scheduler.add_request", ("self", "request"), scheduler.announces),
     Patch(_SCHEDULER, "Scheduler.schedule", ("self",), scheduler.schedule),
     Patch(_SCHEDULER, "Scheduler.update_from_output", ("self", "scheduler_output"), scheduler.ends_requests),
     Patch(
