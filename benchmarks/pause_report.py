@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 Bar = tuple[str, float, float, bool]
-LABELS = {"at_once": "resume, at once"}
+LABELS = {"at_once": "resume and copy at once"}
 WAYS = (("pause", "pause_ratio", "copy_out"), ("resume", "resume_ratio", "copy_back"))
 
 

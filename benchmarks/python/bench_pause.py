@@ -6,10 +6,9 @@
 The model holds half of the bytes as one tensor, as weights are, and half as a cache that grew in steps of 64 MiB. Rows:
 GB/s of plain copies out and back in the same run, of pause() and of resume() with a backup, and their ratios;
 milliseconds a GiB of both without a backup; seconds a GiB that pinning takes the first time. Of each the median of a
-few rounds counts. For some 15 ms after 8 GiB have gone back the device clears them, and copies take longer meanwhile. So a
-resume comes 0.3 s after its pause, and one at once is beside it, with a plain copy back at once.
-On a GPU it fails where a bar is missed: 90 % of the plain copy's rate each way, and 1 ms a GiB for a resume without a
-backup.
+few rounds counts. For some 15 ms after 8 GiB have gone back the device clears them, and copies take longer meanwhile.
+So a resume comes 0.3 s after its pause, and one at once is beside it, with a plain copy back at once. On a GPU it fails
+where a bar is missed: 90 % of the plain copy's rate each way, and 1 ms a GiB for a resume without a backup.
 """
 
 from __future__ import annotations
