@@ -14,6 +14,8 @@ IN_TIME = 0.99  # of all requests, where a load is served within the SLO
 # Of one engine: as what is found is called, as the table calls it, its unit, and its form there.
 FIGURES = (
     ("tokens_per_second", "tokens a second", 1, "{:,.0f}"),
+    ("growing_tokens_per_second", "while its memory grows", 1, "{:,.0f}"),
+    ("filled_tokens_per_second", "once all of it is in use", 1, "{:,.0f}"),
     ("gap_p50_ms", "between tokens, p50 of the median round", 1, "{:.2f} ms"),
     ("gap_p99_ms", "between tokens, p99 of the median round", 1, "{:.2f} ms"),
     ("gap_p99_of_all_ms", "between tokens, p99 of all rounds", 1, "{:.2f} ms"),
@@ -28,6 +30,21 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
+def _by_phase(plain: dict[str, Any], elastic: dict[str, Any]) -> dict[str, list[float]]:
+    """Tokens a second of the rounds in which the elastic engine's memory grows, and of those once it is all in use."""
+    found: dict[str, list[list[float]]] = {}
+    before = None
+    for both in zip(plain["steady"], elastic["steady"]):
+        held = both[1].get("kv_bytes")
+        if held is None:
+            return {}
+        # A new engine has less than the last one in the end.
+        phase = "growing" if before is None or abs(held - before) > before / 100 else "filled"
+        found.setdefault(f"{phase}_tokens_per_second", []).append([each["tokens_per_second"] for each in both])
+        before = held
+    return {name: [statistics.median(way) for way in zip(*rates)] for name, rates in found.items()}
+
+
 def rounds(plain: dict[str, Any], elastic: dict[str, Any]) -> dict[str, Any]:
     """Of one engine and another: lists are [plain, elastic]."""
     both = (plain, elastic)
@@ -35,6 +52,7 @@ def rounds(plain: dict[str, Any], elastic: dict[str, Any]) -> dict[str, Any]:
     return {
         "rounds": [[each["tokens_per_second"] for each in one["steady"]] for one in both],
         "tokens_per_second": [statistics.median(each["tokens_per_second"] for each in one["steady"]) for one in both],
+        **_by_phase(plain, elastic),
         # Of the median round, as throughput is: a round in which the machine was slow for a second is no engine's.
         "gap_p50_ms": [statistics.median(percentile(gaps, 0.5) for gaps in each) for each in between],
         "gap_p99_ms": [statistics.median(percentile(gaps, 0.99) for gaps in each) for each in between],

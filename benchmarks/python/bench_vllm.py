@@ -65,8 +65,8 @@ SPAN = 12.0  # seconds in which requests come; an equal part of them is the peak
 REST = 3.0  # seconds more to serve them
 SLO = 0.5  # seconds to the first token
 # Pairs of engines: on which cores one comes to run, and where its memory lies, is chance.
-STARTS = {"single": 3, "large": 2}
-ROUNDS = {"single": 5, "large": 4}  # by each engine of a pair
+STARTS = {"single": 2, "large": 2}
+ROUNDS = {"single": 14, "large": 4}  # by each engine of a pair; the first pair's outputs fill a part of its memory, too
 FILLING = 9  # rounds until all memory is in use, by answers or by what is kept of their prefixes
 STEADY = {"requests": 128, "prompt": 512, "n": 256}  # a round
 

@@ -218,9 +218,10 @@ class Worker:
         return rate, sorted({each for one in times.values() for each in one if start <= each <= end})
 
     def steady(self, requests: int, prompt: int, n: int, seed: int) -> dict[str, Any]:
-        """A round: tokens a second, and ms between tokens once all requests run."""
+        """A round: tokens a second, ms between tokens once all requests run, and the KV cache's bytes then."""
         rate, steps = self._round(requests, prompt, n, random.Random(7 + seed))
-        return {"tokens_per_second": rate, "gaps_ms": [(b - a) * 1e3 for a, b in itertools.pairwise(steps)]}
+        return {"tokens_per_second": rate, "gaps_ms": [(b - a) * 1e3 for a, b in itertools.pairwise(steps)],
+                "kv_bytes": self.kv_bytes()}  # fmt: skip
 
     def look(self, requests: int, prompt: int, n: int, rounds: int) -> list[dict[str, Any]]:
         """What goes on in the longest steps of a round, before all requests run and then. To look costs time."""

@@ -116,8 +116,9 @@ def test_steady_rounds_and_a_look_at_the_longest_steps():
 
     worker.engine.step = scheduled_step
     worker.sampling = lambda n: n
+    worker.kv_bytes = lambda: 1 << 30
     found = worker.steady(requests=5, prompt=8, n=20, seed=3)
-    assert found["tokens_per_second"] > 0 and len(found["gaps_ms"]) == 19
+    assert found["tokens_per_second"] > 0 and len(found["gaps_ms"]) == 19 and found["kv_bytes"] == 1 << 30
     looks = worker.look(requests=5, prompt=8, n=20, rounds=2)
     assert len(looks) == 2
     for look in looks:
@@ -222,6 +223,22 @@ def tables(text):
     """Runs of lines that are rows of a table."""
     lines = text.splitlines()
     return ["\n".join(rows) for row, rows in itertools.groupby(lines, lambda line: line.startswith("|")) if row]
+
+
+def test_rounds_in_which_memory_grows_stand_apart():
+    import vllm_report
+
+    held = [10 << 30, 20 << 30, 20 << 30, 20 << 30, 10 << 30, 20 << 30, (20 << 30) + 4096]  # of two engines
+    rates = [90.0, 80.0, 100.0, 101.0, 91.0, 81.0, 102.0]
+    ways = [
+        {"steady": [{"tokens_per_second": rate, "gaps_ms": [1.0], "kv_bytes": size} for rate, size in zip(each, sizes)]}
+        for each, sizes in (([100.0] * 7, [1 << 40] * 7), (rates, held))
+    ]
+    found = vllm_report.rounds(*ways)
+    assert found["growing_tokens_per_second"] == [100.0, 85.5] and found["filled_tokens_per_second"] == [100.0, 101.0]
+    for one in ways[1]["steady"]:
+        del one["kv_bytes"]  # as it was measured before
+    assert not any("growing" in name or "filled" in name for name in vllm_report.rounds(*ways))
 
 
 @pytest.mark.parametrize("groups", [("pair",), ("pair", "trio")])
