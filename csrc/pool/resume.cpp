@@ -7,6 +7,13 @@
 #include "pool/moving.h"
 
 namespace elastikv {
+namespace {
+
+CudaError not_copied_back(const Status& status) {
+    return CudaError(status, "copying what was paused back; its backup is kept");
+}
+
+}  // namespace
 
 // Runs on their way back, before they are in the books.
 struct VirtualMemoryPool::Waking {
@@ -58,10 +65,15 @@ Bytes VirtualMemoryPool::try_resume(const std::vector<ByteRange>& parts, Grant* 
         }
     }
     const Bytes before = table_.totals().physical();
-    if (const Bytes lacking = try_make(waking, grant); lacking > 0) return lacking;
-    if (const Status status = try_wait_until_filled(lock, waking); !status.ok()) {
+    try {
+        if (const Bytes lacking = try_make(waking, grant); lacking > 0) {
+            undo(waking);
+            return lacking;
+        }
+        if (const Status status = try_wait_until_filled(lock, waking); !status.ok()) throw not_copied_back(status);
+    } catch (...) {
         undo(waking);
-        throw CudaError(status, "copying what was paused back; its backup is kept");
+        throw;
     }
     for (const Waking::Item& item : waking.items) {
         if (!item.run.backup->kept()) continue;
@@ -87,8 +99,8 @@ Bytes VirtualMemoryPool::try_resume(const std::vector<ByteRange>& parts, Grant* 
     return 0;
 }
 
-// Memory for all runs, mapped and about to be filled; or none, and then the answer is the bytes that were lacking. Each
-// run's copies begin before the next one's memory is made, so that the driver's calls cost no time of their own.
+// Memory for all runs, mapped and about to be filled; or the bytes that were lacking, and then the caller undoes it.
+// Each run's copies begin before the next one's memory is made, so that the driver's calls cost no time of their own.
 Bytes VirtualMemoryPool::try_make(Waking& waking, Grant* grant) {
     Bytes missing = 0;
     std::map<const Backup*, std::size_t> first;
@@ -124,17 +136,13 @@ Bytes VirtualMemoryPool::try_make(Waking& waking, Grant* grant) {
         });
         if (status.ok()) status = try_copy_back(waking, item.run);
         if (status.ok()) continue;
-        undo(waking);
         if (status.code == StatusCode::out_of_memory && status.call == DriverCall::create) return missing;
         if (status.call == DriverCall::create) throw CudaError(status, "making memory for what was paused");
-        if (status.call == DriverCall::transfer) {
-            throw CudaError(status, "copying what was paused back; its backup is kept");
-        }
+        if (status.call == DriverCall::transfer) throw not_copied_back(status);
         throw MappingFailed(status, item.run.pages);
     }
     bool zeroed = false;
     if (const Status status = try_scrub(waking.fresh, zeroed); !status.ok()) {
-        undo(waking);
         throw CudaError(status, "scrubbing memory for what was paused");
     }
     map_shared(waking);
@@ -154,9 +162,7 @@ void VirtualMemoryPool::map_shared(Waking& waking) {
         alias.mapping = std::make_unique<Mapping>(range_, source.mapping->shared_extent(), alias.range.begin);
         const Status status = alias.mapping->try_make_accessible();
         waking.aliases.push_back(std::move(alias));
-        if (status.ok()) continue;
-        undo(waking);
-        throw MappingFailed(status, item.run.pages);
+        if (!status.ok()) throw MappingFailed(status, item.run.pages);
     }
 }
 
@@ -191,6 +197,7 @@ Status VirtualMemoryPool::try_wait_until_filled(std::unique_lock<std::mutex>& lo
 
 void VirtualMemoryPool::undo(Waking& waking) noexcept {
     if (waking.copying) (void)driver_->synchronize();
+    waking.copying = false;
     for (Extent& extent : waking.aliases) discard(std::move(extent));
     waking.aliases.clear();
     for (Extent& extent : waking.fresh) {
